@@ -1,0 +1,1 @@
+"""Picks the best share of a fine-tuning corpus from per-sample gradients seen under DeepSpeed ZeRO."""

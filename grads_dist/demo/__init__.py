@@ -1,0 +1,1 @@
+"""The main job on a corpus and a model that need no download."""

@@ -1,0 +1,25 @@
+"""The failures a user can cause or meet, each with the exit code that the command line gives it."""
+
+
+class GradsDistError(Exception):
+    """Base of every expected failure; its message is one line that says what is wrong and what to do."""
+
+    exit_code = 1
+
+
+class ConfigError(GradsDistError):
+    """A configuration value, a flag or their combination cannot be used."""
+
+    exit_code = 2
+
+
+class DataError(GradsDistError):
+    """The corpus cannot be read or holds no usable row."""
+
+    exit_code = 3
+
+
+class Interrupted(GradsDistError):
+    """The run was stopped on request and can be resumed."""
+
+    exit_code = 4

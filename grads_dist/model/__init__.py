@@ -1,0 +1,1 @@
+"""Loads the language model and its DeepSpeed settings."""

@@ -1,0 +1,1 @@
+"""Runs the model over the corpus and records the statistics of every row."""

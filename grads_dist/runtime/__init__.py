@@ -1,0 +1,1 @@
+"""Where the program runs: launcher, ranks, run directory, logs."""

@@ -1,0 +1,1 @@
+"""Turns scores and neighbours into a subset."""

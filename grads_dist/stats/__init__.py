@@ -1,0 +1,1 @@
+"""Per-sample gradient statistics of whatever backward pass runs."""

@@ -1,0 +1,139 @@
+"""From the names and patterns a user gives to the parameters whose gradients are read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from grads_dist.errors import ConfigError
+from grads_dist.model.anatomy import Anatomy
+from grads_dist.stats.rules import rule_for
+
+TIED = "tied embedding and LM head"
+"""Stands for the one weight that is both embedding and head, with the sum of both gradients."""
+
+NAMES = ("embedding", "lm_head", "tied", "layers", "linear")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What is read: for every target the qualified parameter names that it concatenates, and its size."""
+
+    members: dict[str, tuple[str, ...]]
+    numel: dict[str, int]
+
+    def of(self, parameter: str) -> tuple[str, ...]:
+        """The targets that `parameter` belongs to."""
+        return tuple(target for target, names in self.members.items() if parameter in names)
+
+    @property
+    def parameters(self) -> frozenset[str]:
+        """All parameter names that some target needs."""
+        return frozenset(name for names in self.members.values() for name in names)
+
+
+def resolve_targets(wanted: Sequence[str] | Mapping[str, str], anatomy: Anatomy) -> Targets:
+    """Resolve `probe.targets` against a model.
+
+    Raises ConfigError for an unknown name, a pattern that matches nothing, a parameter whose layer type has no
+    rule, or a parameter that several layers share.
+    """
+    sizes = _parameter_sizes(anatomy)
+    if isinstance(wanted, Mapping):
+        members = {name: _match(name, pattern, sizes, anatomy) for name, pattern in wanted.items()}
+    else:
+        members = {}
+        for name in wanted:
+            members.update(_builtin(name, sizes, anatomy))
+    for name, parameters in members.items():
+        _check_rules(name, parameters, anatomy)
+    numel = {name: sum(sizes[p] for p in parameters) for name, parameters in members.items()}
+    return Targets({name: tuple(parameters) for name, parameters in members.items()}, numel)
+
+
+def _parameter_sizes(anatomy: Anatomy) -> dict[str, int]:
+    """Elements of every parameter under every name it has; ZeRO-3 keeps the full size beside the shard."""
+    sizes = {
+        name: int(getattr(p, "ds_numel", p.numel()))
+        for name, p in anatomy.model.named_parameters(remove_duplicate=False)
+    }
+    if anatomy.tied:
+        sizes[TIED] = sizes[f"{anatomy.embedding_name}.weight"]
+    return sizes
+
+
+def _builtin(name: str, sizes: dict[str, int], anatomy: Anatomy) -> dict[str, list[str]]:
+    def under(module: str) -> list[str]:
+        return [p for p in sizes if p.startswith(module + ".")]
+
+    if name == "embedding":
+        return {name: under(anatomy.embedding_name)}
+    if name == "lm_head":
+        return {name: under(anatomy.head_name)}
+    if name == "tied":
+        if not anatomy.tied:
+            raise ConfigError(
+                "probe.targets: 'tied' needs a model whose embedding and LM head share one weight"
+            )
+        return {name: [TIED]}
+    if name == "layers":
+        return {f"layers.{i}": under(layer) for i, layer in enumerate(anatomy.layers)}
+    if name == "linear":
+        return {module: under(module) for module in _linear_modules(anatomy)}
+    raise ConfigError(
+        f"probe.targets: {name!r} is not known; allowed: {', '.join(NAMES)}, or a map from a name to a pattern"
+    )
+
+
+def _linear_modules(anatomy: Anatomy) -> list[str]:
+    return [
+        name
+        for name, module in anatomy.model.named_modules()
+        if name != anatomy.head_name and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+    ]
+
+
+def _match(name: str, pattern: str, sizes: dict[str, int], anatomy: Anatomy) -> list[str]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"probe.targets.{name}: {pattern!r} is not a regular expression: {error}") from None
+    matched = [p for p in sizes if p != TIED and compiled.fullmatch(p)]
+    if not matched:
+        raise ConfigError(
+            f"probe.targets.{name}: {pattern!r} matches no parameter; names look like {next(iter(sizes))!r}"
+        )
+    tied = {f"{anatomy.embedding_name}.weight", f"{anatomy.head_name}.weight"}
+    if anatomy.tied and tied <= set(matched):
+        # One weight under two names: its gradient is the sum of both uses and must enter once.
+        matched = [p for p in matched if p not in tied] + [TIED]
+    return matched
+
+
+def _check_rules(target: str, parameters: Sequence[str], anatomy: Anatomy) -> None:
+    shared = _shared_parameters(anatomy)
+    special = {TIED, f"{anatomy.head_name}.weight", f"{anatomy.head_name}.bias"}
+    for parameter in parameters:
+        if parameter in special:
+            continue
+        owner_name, _, local = parameter.rpartition(".")
+        owner = anatomy.model.get_submodule(owner_name)
+        if rule_for(owner, local) is None:
+            raise ConfigError(
+                f"probe.targets: {target!r} holds {parameter}, and {type(owner).__name__} has no rule for "
+                f"per-sample gradients; leave it out with a pattern"
+            )
+        if parameter in shared:
+            raise ConfigError(f"probe.targets: {target!r} holds {parameter}, which several layers share")
+
+
+def _shared_parameters(anatomy: Anatomy) -> set[str]:
+    """Names of parameters that have several, the embedding tied to the head left out."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in anatomy.model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    tied = [f"{anatomy.embedding_name}.weight", f"{anatomy.head_name}.weight"]
+    return {n for group in names.values() if len(group) > 1 and sorted(group) != sorted(tied) for n in group}

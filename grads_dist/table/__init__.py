@@ -1,0 +1,1 @@
+"""The score table: written by every rank in shards, merged to one."""
