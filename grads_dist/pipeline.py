@@ -1,0 +1,148 @@
+"""The stages in order, on all ranks: tokenize, probe, merge, select."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+import subprocess
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from grads_dist.config import Config, save_config
+from grads_dist.data.corpus import Corpus
+from grads_dist.runtime import logs
+from grads_dist.runtime.launcher import detect
+from grads_dist.runtime.rundir import RunDir, atomic_write
+
+log = logging.getLogger(__name__)
+
+SCHEMA = 1
+"""Version of the run directory's layout."""
+
+PACKAGES = (
+    "grads-dist",
+    "torch",
+    "deepspeed",
+    "transformers",
+    "datasets",
+    "numpy",
+    "pyarrow",
+    "faiss-cpu",
+    "faiss-gpu",
+)
+
+
+def run(config: Config, overwrite: bool = False) -> str:
+    """Probe, merge and select; returns what to tell the user. Collective over all ranks."""
+    from grads_dist.runtime.ranks import Ranks
+
+    probed = probe(config, overwrite)
+    selected = Ranks.start(detect()).on_main(lambda: select(config))
+    return f"{probed}\n{selected}"
+
+
+def probe(config: Config, overwrite: bool = False) -> str:
+    """Read the statistics of every row into the score table; returns what to tell the user. Collective."""
+    from grads_dist.data.store import TokenStore
+    from grads_dist.probe.run import run_probe
+    from grads_dist.runtime.ranks import Ranks
+    from grads_dist.table.merge import merge_features, merge_scores
+
+    ranks = Ranks.start(detect())
+    rundir = RunDir(Path(config.output_dir))
+    fingerprint, tokens = ranks.on_main(lambda: _prepare(config, rundir, overwrite))
+    logs.log_to_file(rundir.logs_dir, ranks.rank)
+    store = TokenStore.open(tokens)
+    manifest = run_probe(config, ranks, rundir, store)
+    ranks.barrier()
+
+    def merge() -> str:
+        num_rows = merge_scores(rundir, store.index)
+        for name in manifest["features"]:
+            merge_features(rundir, name, store.index)
+        _write_json(
+            rundir.environment, _environment(ranks.world_size, str(ranks.device), ranks.placement.launcher)
+        )
+        _write_json(rundir.manifest, {**_identity(config, fingerprint), **manifest})
+        return f"probed {num_rows} rows ({store.num_rejected} rejected, {store.num_truncated} truncated): {rundir.scores}"
+
+    return ranks.on_main(merge)
+
+
+def select(config: Config) -> str:
+    """Select from a finished probe; returns what to tell the user. Runs on one rank, without a model."""
+    from grads_dist.selection.run import run_selection
+
+    rundir = RunDir(Path(config.output_dir))
+    summary = run_selection(config, rundir, Corpus.open(config.data))
+    folder = rundir.selection_dir(config.selection.name)
+    counts = summary["counts"]
+    return f"selected {counts['selected']} of {counts['corpus']} rows: {folder / summary['subset']}"
+
+
+def _prepare(config: Config, rundir: RunDir, overwrite: bool) -> tuple[str, Path]:
+    """What rank 0 does before any rank probes: checks, the run directory, tokens, rejected.jsonl.
+
+    Returns the corpus' fingerprint and the folder of the tokens.
+    """
+    from grads_dist.data.tokenize import tokenize
+    from grads_dist.data.tokenizer import TokenizerSource
+    from grads_dist.model.load import load_text_config
+
+    vocab_size = load_text_config(config.model).vocab_size
+    corpus = Corpus.open(config.data)
+    rundir.create(overwrite)
+    save_config(config, rundir.config)
+    model = config.model
+    source = TokenizerSource(str(model.name_or_path), model.revision, model.trust_remote_code)
+    store = tokenize(config.data, corpus, source, vocab_size=vocab_size)
+    with atomic_write(rundir.rejected) as path, path.open("w", encoding="utf-8") as lines:
+        for index, reason in store.iter_rejected():
+            lines.write(json.dumps({"index": index, "reason": reason}, ensure_ascii=False) + "\n")
+    return corpus.fingerprint, store.path
+
+
+def _identity(config: Config, fingerprint: str) -> dict[str, Any]:
+    text = json.dumps(asdict(config), sort_keys=True)
+    return {
+        "schema": SCHEMA,
+        "corpus": fingerprint,
+        "config": hashlib.sha256(text.encode()).hexdigest(),
+    }
+
+
+def _environment(world_size: int, device: str, launcher: str) -> dict[str, Any]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "device": device,
+        "world_size": world_size,
+        "launcher": launcher,
+        "versions": versions,
+        "git_commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout that this package runs from; None for an installed one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,118 @@
+"""The model under probe on this rank: recorder, DeepSpeed engine if there is one, and passes over batches."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grads_dist.config import Config
+from grads_dist.model.anatomy import check_head, dissect
+from grads_dist.model.load import load_model, load_text_config, model_dtype
+from grads_dist.model.probed import Batch, ProbedModel
+from grads_dist.probe.zero import fill_auto, load_deepspeed_config, start_engine, zero_stage
+from grads_dist.runtime.ranks import Ranks
+from grads_dist.stats.head_pass import HeadResult
+from grads_dist.stats.recorder import Recorder
+from grads_dist.stats.statistics import Statistics
+from grads_dist.stats.targets import Targets, resolve_targets
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one recorded micro-batch yields, on the device."""
+
+    head: HeadResult
+    stats: dict[str, Statistics]
+    features: Tensor | None
+
+
+class Session:
+    """A loaded model ready for probing; collective to build.
+
+    Frozen mode needs DeepSpeed at ZeRO stage 3 alone, for its partitioned weights; below it every rank works
+    on a plain copy and nothing is communicated. Train mode always runs under DeepSpeed.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        probe = config.probe
+        deepspeed_config = load_deepspeed_config(config.deepspeed)
+        self.ranks = ranks
+        self.stage = zero_stage(deepspeed_config)
+        self.training = probe.mode == "train"
+        self.engine: Any = None
+        dtype = model_dtype(config.model, ranks.device)
+        sharded = self.stage == 3
+        if sharded:
+            ranks.ensure_group()
+        hidden_size = load_text_config(config.model).hidden_size
+        filled = fill_auto(deepspeed_config, probe, dtype, hidden_size, ranks)
+        model = load_model(config.model, ranks.device, filled if sharded else None)
+        if not self.training:
+            model.requires_grad_(False)
+        anatomy = dissect(model)
+        self.targets: Targets = resolve_targets(probe.targets, anatomy)
+        self.recorder = Recorder(anatomy, self.targets)
+        self.model = ProbedModel(anatomy, self.recorder, probe.head_chunk_mib << 20)
+        if sharded and not self.training:
+            # DeepSpeed builds no engine without something to optimise.
+            self.model.register_parameter("placeholder", nn.Parameter(torch.zeros(1, dtype=dtype)))
+        if self.training or sharded:
+            self.engine = start_engine(self.model, filled, ranks)
+        check_head(anatomy, ranks.device)
+        self.model.fuse_head()
+
+    @property
+    def lockstep(self) -> bool:
+        """Whether a forward pass is collective, so that idle ranks must take part with dummy batches."""
+        return self.stage == 3
+
+    def freeze(self) -> None:
+        """End training: from here on no weight gradient is computed."""
+        self.training = False
+        self.model.causal_lm.requires_grad_(False)
+
+    @torch.no_grad()
+    def features(self, batch: Batch, tokens: str) -> Tensor:
+        """Content features of a batch [S, D] from a forward pass alone."""
+        self.model(batch, feature_tokens=tokens, loss=False)
+        assert self.model.features is not None
+        return self.model.features
+
+    def measure(self, batch: Batch, feature_tokens: str | None = None) -> Measurement:
+        """Statistics at the present weights, without a weight gradient; no backward pass where none is needed."""
+        backward = self.recorder.needs_backward
+        mode: AbstractContextManager = nullcontext() if backward else torch.no_grad()
+        with mode, self.recorder.batch(batch.layout):
+            total = self.model(batch, record=True, feature_tokens=feature_tokens)
+            if backward:
+                total.backward()
+        return self._measurement(batch)
+
+    def train_micro_batch(self, batch: Batch, last_of_step: bool, record: bool) -> Measurement | None:
+        """Forward and backward of one micro-batch of a step, and the optimizer's update after the last.
+
+        The batch's weights must sum, over all ranks and micro-batches, to the world size: DeepSpeed averages
+        over ranks.
+        """
+        self.engine.set_gradient_accumulation_boundary(last_of_step)
+        around = self.recorder.batch(batch.layout) if record else nullcontext()
+        with around:
+            total = self.engine(batch, record=record)
+            self.engine.backward(total, scale_wrt_gas=False)
+        found = self._measurement(batch) if record else None
+        self.engine.step()
+        return found
+
+    def _measurement(self, batch: Batch) -> Measurement:
+        head = self.model.head_result
+        assert head is not None
+        # A dummy batch has weight 0, so that its gradients cannot be freed of it, and no rows to report.
+        stats = self.recorder.finish(head) if len(batch.rows) else {}
+        return Measurement(head, stats, self.model.features)

@@ -1,0 +1,62 @@
+"""Joins the shards that all ranks wrote into one score table and one feature matrix, and counts the rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from grads_dist.errors import DataError
+from grads_dist.runtime.rundir import RunDir, atomic_write
+
+
+def merge_scores(rundir: RunDir, expected_index: np.ndarray) -> int:
+    """Write scores.parquet, sorted by `index`; returns its number of rows.
+
+    Args:
+        expected_index: numbers of the corpus rows that must be there, ascending.
+
+    Raises DataError when a row is missing, or there twice.
+    """
+    paths = sorted(rundir.scores_dir.glob("shard-*.parquet"))
+    if not paths:
+        raise DataError(f"{rundir.scores_dir}: no shard of the score table is there; run the probe first")
+    table = pa.concat_tables([pq.read_table(path) for path in paths]).sort_by("index")
+    _check_rows(table["index"].to_numpy(), expected_index, str(rundir.scores_dir))
+    with atomic_write(rundir.scores) as path:
+        pq.write_table(table, path)
+    return table.num_rows
+
+
+def merge_features(rundir: RunDir, name: str, expected_index: np.ndarray) -> None:
+    """Write features/<name>.npy, row k belonging to row k of the score table; one shard in memory at a time."""
+    folder = rundir.features_dir(name)
+    paths = sorted(p for p in folder.glob("shard-*.npy") if not p.name.endswith(".index.npy"))
+    indices = [np.load(_index_of(path), allow_pickle=False) for path in paths]
+    _check_rows(np.sort(np.concatenate(indices)), expected_index, str(folder))
+    width = np.load(paths[0], mmap_mode="r", allow_pickle=False).shape[1]
+    with atomic_write(rundir.features(name)) as path:
+        merged = np.lib.format.open_memmap(path, "w+", np.float16, (len(expected_index), width))
+        for shard, index in zip(paths, indices, strict=True):
+            merged[np.searchsorted(expected_index, index)] = np.load(shard, allow_pickle=False)
+        merged.flush()
+        del merged
+
+
+def _index_of(path: Path) -> Path:
+    return path.with_name(path.name.removesuffix(".npy") + ".index.npy")
+
+
+def _check_rows(found: np.ndarray, expected: np.ndarray, where: str) -> None:
+    """`found` ascending; exactly the expected rows must be there, each once."""
+    if np.array_equal(found, expected):
+        return
+    doubled = found[1:][found[1:] == found[:-1]]
+    if len(doubled):
+        raise DataError(f"{where}: row {doubled[0]} is there twice ({len(doubled)} such rows)")
+    missing = np.setdiff1d(expected, found)
+    if len(missing):
+        raise DataError(f"{where}: row {missing[0]} is missing ({len(missing)} such rows)")
+    raise DataError(f"{where}: row {np.setdiff1d(found, expected)[0]} does not belong to this corpus")

@@ -1,0 +1,129 @@
+"""Shards of the score table and of features, written by every rank while it probes.
+
+A shard appears under its final name only when it is complete.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from grads_dist.data.store import TokenStore
+from grads_dist.model.probed import Batch
+from grads_dist.runtime.rundir import atomic_write
+from grads_dist.stats.head_pass import HeadResult
+from grads_dist.stats.statistics import Statistics
+from grads_dist.stats.targets import Targets
+from grads_dist.table.schema import STATISTICS, score_schema
+
+FLOAT16_MAX = float(np.finfo(np.float16).max)
+
+
+class ScoreShards:
+    """Collects rows of the score table and writes them as Parquet shards into `folder`."""
+
+    def __init__(self, folder: Path, store: TokenStore, targets: Targets) -> None:
+        self._folder, self._store, self._targets = folder, store, targets
+        self._schema = score_schema(targets.members)
+        self._parts: list[dict[str, np.ndarray]] = []
+        self.num_rows = 0
+
+    def add(self, batch: Batch, head: HeadResult, stats: dict[str, Statistics], step: int) -> np.ndarray:
+        """Add the rows of one micro-batch; returns the mean over targets of their log gradient norms [S]."""
+        columns: dict[str, np.ndarray] = {
+            "row": batch.rows.numpy(),
+            "loss": _host(head.losses),
+            "el2n": _host(head.el2n),
+            "step": np.full(len(batch.rows), step, dtype=np.int32),
+        }
+        for target, found in stats.items():
+            columns.update(_columns(target, found, self._targets.numel[target]))
+        self._parts.append(columns)
+        self.num_rows += len(batch.rows)
+        with np.errstate(divide="ignore"):
+            return np.mean([np.log(columns[f"{target}.norm"]) for target in stats], axis=0)
+
+    def flush(self, name: str) -> None:
+        """Write what was added since the last flush as `shard-<name>.parquet`; nothing if there is nothing."""
+        if not self._parts:
+            return
+        columns = {key: np.concatenate([part[key] for part in self._parts]) for key in self._parts[0]}
+        self._parts, self.num_rows = [], 0
+        rows = columns.pop("row")
+        columns.update(_row_columns(self._store, rows, columns, list(self._targets.members)))
+        arrays = [pa.array(columns[field.name], type=field.type) for field in self._schema]
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(self._folder / f"shard-{name}.parquet") as path:
+            pq.write_table(pa.Table.from_arrays(arrays, schema=self._schema), path)
+
+
+def _columns(target: str, found: Statistics, numel: int) -> dict[str, np.ndarray]:
+    values = {
+        "sum": found.sum,
+        "sumsq": found.sumsq,
+        "min": found.min,
+        "max": found.max,
+        "mean": found.mean(numel),
+        "std": found.std(numel),
+        "norm": found.norm(),
+        "nonfinite": found.nonfinite,
+    }
+    assert values.keys() == STATISTICS.keys()
+    return {f"{target}.{name}": _host(value) for name, value in values.items()}
+
+
+def _row_columns(
+    store: TokenStore, rows: np.ndarray, columns: dict[str, np.ndarray], targets: list[str]
+) -> dict[str, np.ndarray]:
+    finite = np.isfinite(columns["loss"]) & np.isfinite(columns["el2n"])
+    for target in targets:
+        finite &= (columns[f"{target}.nonfinite"] == 0) & np.isfinite(columns[f"{target}.sumsq"])
+    return {
+        "index": store.index[rows],
+        "id": np.array([store.ids[int(row)] for row in rows], dtype=object),
+        "status": np.where(finite, "ok", "nonfinite"),
+        "num_tokens": store.num_tokens[rows],
+        "num_label_tokens": store.num_label_tokens[rows],
+        "token_hash": store.token_hash[rows],
+    }
+
+
+class FeatureShards:
+    """Collects feature vectors and writes them as float16 .npy shards, their corpus rows beside them."""
+
+    def __init__(self, folder: Path, store: TokenStore, projection: Tensor | None) -> None:
+        self._folder, self._store, self._projection = folder, store, projection
+        self._rows: list[np.ndarray] = []
+        self._features: list[np.ndarray] = []
+        self.num_rows = 0
+
+    def add(self, batch: Batch, features_SD: Tensor) -> None:
+        """Add the features of one micro-batch, projected if they have more dimensions than wanted."""
+        if self._projection is not None:
+            features_SD = features_SD @ self._projection
+        clipped = features_SD.clamp(-FLOAT16_MAX, FLOAT16_MAX)
+        self._rows.append(batch.rows.numpy())
+        self._features.append(clipped.to(torch.float16).cpu().numpy())
+        self.num_rows += len(batch.rows)
+
+    def flush(self, name: str) -> None:
+        """Write what was added since the last flush; nothing if there is nothing."""
+        if not self._rows:
+            return
+        index = self._store.index[np.concatenate(self._rows)]
+        features = np.concatenate(self._features)
+        self._rows, self._features, self.num_rows = [], [], 0
+        self._folder.mkdir(parents=True, exist_ok=True)
+        # The features last: they are what counts as complete.
+        for suffix, array in ((".index.npy", index), (".npy", features)):
+            with atomic_write(self._folder / f"shard-{name}{suffix}") as path:
+                np.save(path, array, allow_pickle=False)
+
+
+def _host(x: Tensor) -> np.ndarray:
+    return x.detach().cpu().numpy()

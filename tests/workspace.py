@@ -1,0 +1,82 @@
+"""A user's folder: a tiny model with its tokenizer, a corpus, and runs of the program over them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from tiny import tiny_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+WORDS = ["gradient", "sample", "loss", "token", "model", "select", "data", "learn", "forget", "less", "more"]
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of a few hundred tokens with a chat template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 4, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<|im_end|>")
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def make_model(folder: Path, architecture: str = "llama", **overrides: object) -> Path:
+    """Save a tiny random model and its tokenizer."""
+    tokenizer = make_tokenizer()
+    model = tiny_model(architecture, vocab_size=len(tokenizer), **overrides)
+    model.to(torch.float32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_rows(count: int, seed: int = 0) -> list[dict]:
+    """Short chats; every tenth row repeats the one before it."""
+    rng = np.random.default_rng(seed)
+    rows: list[dict] = []
+    for i in range(count):
+        if i % 10 == 9:
+            rows.append({"id": f"row{i}", "messages": rows[-1]["messages"]})
+            continue
+        question, answer = (" ".join(rng.choice(WORDS, rng.integers(1, n))) for n in (6, 12))
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        rows.append({"id": f"row{i}", "messages": messages})
+    return rows
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    """One JSON object a line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def run_arguments(folder: Path, output: str, **overrides: object) -> list[str]:
+    """Arguments of a small run over `folder`/model and `folder`/corpus.jsonl, dotted overrides appended."""
+    fields: dict[str, object] = {
+        "model.name_or_path": folder / "model",
+        "data.path": folder / "corpus.jsonl",
+        "data.cache_dir": folder / "cache",
+        "data.max_length": 48,
+        "data.num_workers": 1,
+        "probe.global_batch": 8,
+        "probe.batch_tokens": 128,
+        "probe.shard_rows": 16,
+        "similarity.k": 3,
+        "output_dir": folder / output,
+        **{name.replace("__", "."): value for name, value in overrides.items()},
+    }
+    return [part for name, value in fields.items() for part in (f"--{name}", str(value))]
