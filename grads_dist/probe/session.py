@@ -14,7 +14,7 @@ from grads_dist.config import Config
 from grads_dist.model.anatomy import check_head, dissect
 from grads_dist.model.load import load_model, load_text_config, model_dtype
 from grads_dist.model.probed import Batch, ProbedModel
-from grads_dist.probe.zero import fill_auto, load_deepspeed_config, start_engine, zero_stage
+from grads_dist.probe.zero import fill_auto, join_ranks, load_deepspeed_config, start_engine, zero_stage
 from grads_dist.runtime.ranks import Ranks
 from grads_dist.stats.head_pass import HeadResult
 from grads_dist.stats.recorder import Recorder
@@ -50,7 +50,7 @@ class Session:
         dtype = model_dtype(config.model, ranks.device)
         sharded = self.stage == 3
         if sharded:
-            ranks.ensure_group()
+            join_ranks(ranks)
         hidden_size = load_text_config(config.model).hidden_size
         filled = fill_auto(deepspeed_config, probe, dtype, hidden_size, ranks)
         model = load_model(config.model, ranks.device, filled if sharded else None)

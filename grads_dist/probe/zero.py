@@ -127,11 +127,19 @@ def _replace_auto(node: Any, values: dict[str, Any], path: str) -> Any:
     return filled
 
 
+def join_ranks(ranks: Ranks) -> None:
+    """Make DeepSpeed use the process group of `ranks`; zero.Init needs it before there is an engine."""
+    import deepspeed
+
+    ranks.ensure_group()
+    deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
+
+
 def start_engine(model: ProbedModel, config: dict[str, Any], ranks: Ranks) -> Any:
     """Wrap the model in a DeepSpeed engine; collective."""
     import deepspeed
 
-    ranks.ensure_group()
+    join_ranks(ranks)
     parameters = [p for p in model.parameters() if p.requires_grad]
     engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=config)
     log.info("DeepSpeed engine: ZeRO stage %d, %d ranks", engine.zero_optimization_stage(), ranks.world_size)

@@ -1,0 +1,43 @@
+# `make demo` and `make test` work in a fresh clone: they install into .venv first.
+# On a machine with an NVIDIA GPU: make install CONSTRAINTS= EXTRA=gpu
+
+PYTHON ?= python3
+CONSTRAINTS ?= constraints-cpu.txt
+EXTRA ?= cpu
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+
+.PHONY: help install demo test lint types bench-smoke
+
+help:
+	@echo "make install      virtual environment in .venv with everything for development"
+	@echo "make demo         the whole job on a corpus and a model that need no download, in runs/demo"
+	@echo "make test         all tests"
+	@echo "make lint types   ruff and mypy"
+	@echo "make bench-smoke  the benchmark of the probe, at toy size"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py $(CONSTRAINTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) -e ".[$(EXTRA),dev]"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/grads-dist demo --overwrite
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+bench-smoke: $(STAMP)
+	$(BIN)/python benchmarks/bench_probe.py --smoke

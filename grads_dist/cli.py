@@ -1,0 +1,156 @@
+"""The command line: runs a command on every rank and turns every failure into one line and an exit code.
+
+The only module that prints, and the only one that catches everything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+from grads_dist import commands
+from grads_dist.commands import Action
+from grads_dist.errors import ConfigError, GradsDistError, Interrupted
+from grads_dist.runtime import logs
+from grads_dist.runtime.launcher import detect
+
+if TYPE_CHECKING:
+    from grads_dist.runtime.ranks import Ranks
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `grads-dist` with `argv`; returns the exit code.
+
+    0 done, 1 failed, 2 bad configuration or usage, 3 bad data, 4 interrupted.
+    """
+    args = _without_local_rank(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if args else ConfigError.exit_code
+    if args[0] == "--version":
+        print(f"grads-dist {_version()}")
+        return 0
+    ranks: Ranks | None = None
+    try:
+        ranks = _start_ranks()
+        rank = 0 if ranks is None else ranks.rank
+        logs.start_console(rank)
+        action = _prepare(args, ranks)
+        if ranks is None or commands.COMMANDS[args[0]].collective:
+            text = action()
+        else:
+            text = ranks.on_main(action)
+        if text and rank == 0:
+            print(text)
+        if ranks is not None:
+            ranks.close()
+        return 0
+    except BaseException as error:
+        return _fail(error, ranks)
+
+
+def _start_ranks() -> Ranks | None:
+    """The ranks, where there are several; one rank alone needs no torch to read its arguments."""
+    placement = detect()
+    if placement.world_size == 1:
+        return None
+    from grads_dist.runtime.ranks import Ranks
+
+    return Ranks.start(placement)
+
+
+def _prepare(args: Sequence[str], ranks: Ranks | None) -> Action:
+    """Parse on every rank: what is wrong on one, such as a file that its node lacks, is raised on all."""
+    if ranks is None:
+        return commands.prepare(args)
+    action: Action | None = None
+    failure: GradsDistError | None = None
+    with contextlib.redirect_stdout(sys.stdout if ranks.is_main else io.StringIO()):
+        try:
+            action = commands.prepare(args)
+        except GradsDistError as error:
+            failure = error
+    ranks.agree(failure)
+    assert action is not None
+    return action
+
+
+def _fail(error: BaseException, ranks: Ranks | None) -> int:
+    """Report `error` in one line, once over all ranks, and end this rank."""
+    if isinstance(error, SystemExit):
+        # --help and --print_config end so, on every rank.
+        if ranks is not None:
+            ranks.close()
+        return error.code if isinstance(error.code, int) else 1
+    code, report = _diagnose(error)
+    if ranks is None:
+        report()
+        return code
+    ranks.report_once(report)
+    if ranks.shared_error is error:
+        ranks.close()
+        return code
+    # The other ranks may wait for this one in a collective: leave at once, so that the launcher ends them.
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _diagnose(error: BaseException) -> tuple[int, Callable[[], None]]:
+    """The exit code of `error`, and what tells the user.
+
+    An unexpected error's traceback goes to the log, or before the line where there is no log yet.
+    """
+    if isinstance(error, GradsDistError):
+        return error.exit_code, lambda: _print_error(str(error))
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted.exit_code, lambda: _print_error("interrupted")
+    path = logs.log_path()
+    if path is None:
+        trace = "".join(traceback.format_exception(error))
+        return 1, lambda: _print_error(f"{type(error).__name__}: {error} (traceback above)", trace)
+    logs.record_failure(error)
+    return 1, lambda: _print_error(f"{type(error).__name__}: {error} (traceback in {path})")
+
+
+def _print_error(message: str, before: str = "") -> None:
+    print(f"{before}grads-dist: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+def _without_local_rank(args: Sequence[str]) -> list[str]:
+    """Drop the `--local_rank=N` that the deepspeed launcher adds; the environment says the same."""
+    return [arg for arg in args if arg.partition("=")[0] not in ("--local_rank", "--local-rank")]
+
+
+def _overview() -> str:
+    lines = [f"  {name:<10}{command.help}" for name, command in commands.COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: grads-dist COMMAND [--config FILE] [--section.field VALUE ...]",
+            "",
+            "Picks the best share of a fine-tuning corpus from per-sample gradients.",
+            "",
+            *lines,
+            "",
+            "grads-dist COMMAND --help lists its fields, --print_config prints the whole configuration.",
+            "Runs alone or under torchrun, deepspeed, srun and mpiexec (as python -m grads_dist).",
+            "Exit codes: 0 done, 1 failed, 2 bad configuration, 3 bad data, 4 interrupted.",
+        ]
+    )
+
+
+def _version() -> str:
+    try:
+        return metadata.version("grads-dist")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"

@@ -1,0 +1,182 @@
+"""The subcommands: what each takes, and the stage it calls.
+
+Nothing heavy is imported before a command runs, so that help and errors come at once.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grads_dist.config import Config
+from grads_dist.errors import ConfigError
+from grads_dist.parsing import build, make_parser, parse, take_flags, values_of
+from grads_dist.runtime.launcher import detect
+
+Action = Callable[[], str | None]
+BUDGETS = ("fraction", "rows", "tokens")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand: a line for the help, and how its arguments become the action to run."""
+
+    help: str
+    prepare: Callable[[Sequence[str]], Action]
+    collective: bool
+    """Whether every rank takes part; else rank 0 alone runs the action."""
+
+
+def prepare(args: Sequence[str]) -> Action:
+    """Parse `args` (the command first) into an action, which returns text to print, if any.
+
+    Raises ConfigError for every bad argument, with one line.
+    """
+    name = args[0] if args else ""
+    if name not in COMMANDS:
+        raise ConfigError(f"command: {name!r} is not known; allowed: {', '.join(COMMANDS)}")
+    return COMMANDS[name].prepare(args[1:])
+
+
+def _prepare_run(args: Sequence[str]) -> Action:
+    flags, args = take_flags(_flags("--overwrite"), args)
+    config = _configure("run", args)
+    _require_model(config)
+
+    def action() -> str | None:
+        from grads_dist import pipeline
+
+        return pipeline.run(config, flags.overwrite)
+
+    return action
+
+
+def _prepare_probe(args: Sequence[str]) -> Action:
+    flags, args = take_flags(_flags("--overwrite"), args)
+    config = _configure("probe", args)
+    _require_model(config)
+
+    def action() -> str | None:
+        from grads_dist import pipeline
+
+        return pipeline.probe(config, flags.overwrite)
+
+    return action
+
+
+def _prepare_select(args: Sequence[str]) -> Action:
+    if not values_of("--config", args) and "--help" not in args and "-h" not in args:
+        folder = values_of("--output_dir", args)[-1:] or ["run"]
+        base = Path(folder[0]) / "config.yaml"
+        if not base.is_file():
+            raise ConfigError(
+                f"output_dir: {folder[0]!r} holds no config.yaml; allowed: the folder of a finished probe"
+            )
+        # The folder may have been moved since its configuration was written.
+        args = ["--config", str(base), "--output_dir", folder[0], *args]
+    config = _configure("select", args)
+
+    def action() -> str | None:
+        from grads_dist import pipeline
+
+        return pipeline.select(config)
+
+    return action
+
+
+def _prepare_inspect(args: Sequence[str]) -> Action:
+    flags, args = take_flags(_flags("--count"), args)
+    config = _configure("inspect", args)
+    _require_model(config)
+    _require_positive("count", flags.count)
+
+    def action() -> str | None:
+        from grads_dist.data.inspect import inspect
+
+        return inspect(config, flags.count)
+
+    return action
+
+
+def _prepare_demo(args: Sequence[str]) -> Action:
+    names = ("--output_dir", "--processes", "--overwrite")
+    flags, rest = take_flags(_flags(*names, command="demo"), args)
+    if rest:
+        raise ConfigError(f"arguments: {rest[0]!r} is not allowed; allowed: {', '.join(names)}")
+    _require_positive("processes", flags.processes)
+    if detect().world_size > 1:
+        raise ConfigError(
+            f"demo: {detect().world_size} ranks are running it; allowed: one, it starts its own (--processes)"
+        )
+
+    def action() -> str | None:
+        from grads_dist.demo.main import demo
+
+        return demo(flags.output_dir, flags.processes, flags.overwrite)
+
+    return action
+
+
+COMMANDS = {
+    "run": Command("probe the corpus, merge the score table, select the subset", _prepare_run, True),
+    "probe": Command(
+        "read per-sample gradient statistics of every row into the score table", _prepare_probe, True
+    ),
+    "select": Command(
+        "select a subset of a probed corpus; needs no GPU and no model", _prepare_select, False
+    ),
+    "inspect": Command("show how rows are formatted and which tokens carry loss", _prepare_inspect, False),
+    "demo": Command("the whole job on a corpus and a model that need no download", _prepare_demo, False),
+}
+
+# What is no field of the configuration: how to go about it, not what comes out.
+_FLAGS: dict[str, dict[str, Any]] = {
+    "--overwrite": {"action": "store_true", "help": "replace an earlier run in the output directory"},
+    "--count": {"type": int, "default": 3, "help": "rows to show"},
+    "--output_dir": {"default": "runs/demo", "help": "the run directory"},
+    "--processes": {"type": int, "default": 2, "help": "ranks to start"},
+}
+_FLAGS_OF = {"run": ("--overwrite",), "probe": ("--overwrite",), "inspect": ("--count",)}
+
+
+def _flags(*names: str, command: str | None = None) -> argparse.ArgumentParser:
+    """A parser of these flags only; it answers --help where they are all that `command` takes."""
+    parser = argparse.ArgumentParser(
+        prog=f"grads-dist {command}",
+        description=COMMANDS[command].help if command else None,
+        add_help=command is not None,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    for name in names:
+        parser.add_argument(name, **_FLAGS[name])
+    return parser
+
+
+def _configure(name: str, args: Sequence[str]) -> Config:
+    also = [f" {flag}: {_FLAGS[flag]['help']}." for flag in _FLAGS_OF.get(name, ())]
+    parser = make_parser(f"grads-dist {name}", Config, f"{COMMANDS[name].help}.{''.join(also)}")
+    return build(parser, parse(parser, _replace_budget(args), Config), Config)
+
+
+def _replace_budget(args: Sequence[str]) -> list[str]:
+    """Let a budget on the command line replace the file's, instead of standing beside it as a second one."""
+    flags = [f"--selection.{budget}" for budget in BUDGETS]
+    given = [i for i, arg in enumerate(args) if arg.partition("=")[0] in flags]
+    if not given:
+        return list(args)
+    cleared = [f"{flag}=null" for flag in flags]
+    return [*args[: given[0]], *cleared, *args[given[0] :]]
+
+
+def _require_model(config: Config) -> None:
+    if config.model.name_or_path is None:
+        raise ConfigError(
+            "model.name_or_path: not given, but needed; allowed: folder or hub id of a causal language model"
+        )
+
+
+def _require_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ConfigError(f"{name}: {value} is not allowed; allowed: a whole number of at least 1")

@@ -1,0 +1,62 @@
+"""The whole configuration: composed of what each stage declares beside its code, saved and loaded as YAML."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import yaml
+
+from grads_dist.data.config import DataConfig
+from grads_dist.errors import ConfigError
+from grads_dist.model.config import ModelConfig
+from grads_dist.parsing import build, make_parser, parse
+from grads_dist.probe.config import ProbeConfig
+from grads_dist.runtime.rundir import atomic_write
+from grads_dist.selection.config import SelectionConfig
+from grads_dist.similarity.config import SimilarityConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything a run depends on."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The causal language model whose gradients are read."""
+
+    data: DataConfig
+    """The corpus, its format and how it is tokenized."""
+
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    """The preliminary epoch and what is read from it."""
+
+    similarity: SimilarityConfig = field(default_factory=SimilarityConfig)
+    """Nearest neighbours in feature space."""
+
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    """The score, the budget and what is picked."""
+
+    deepspeed: str | None = None
+    """Path of a DeepSpeed JSON file, "auto" values are filled in; ZeRO-2 if unset."""
+
+    output_dir: str = "run"
+    """The run directory."""
+
+    def __post_init__(self) -> None:
+        for name in ("output_dir", "deepspeed"):
+            value = getattr(self, name)
+            if value is not None and not value.strip():
+                raise ConfigError(f"{name}: {value!r} is not allowed; allowed: a path")
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write `config` with every default filled in; `load_config` gives an equal one back."""
+    text = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def load_config(path: Path) -> Config:
+    """Read a configuration file; raises ConfigError with one line for anything that is wrong with it."""
+    parser = make_parser("grads-dist", Config, "")
+    return build(parser, parse(parser, ["--config", str(path)], Config), Config)

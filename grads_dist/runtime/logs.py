@@ -1,0 +1,76 @@
+"""Logging: one file a rank in the run directory, the console for rank 0 and for the others' warnings."""
+
+import logging
+import sys
+from pathlib import Path
+from types import TracebackType
+
+PACKAGE = "grads_dist"
+
+
+def start_console(rank: int) -> None:
+    """Send the package's messages to stderr: all of rank 0, of the others warnings as `[rank k] ...`."""
+    package = logging.getLogger(PACKAGE)
+    package.setLevel(logging.INFO)
+    for handler in [h for h in package.handlers if not isinstance(h, logging.FileHandler)]:
+        package.removeHandler(handler)
+    console = logging.StreamHandler(sys.stderr)
+    console.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    console.setFormatter(_ConsoleFormatter(rank))
+    package.addHandler(console)
+    package.propagate = True
+
+
+def log_to_file(folder: Path, rank: int) -> Path:
+    """Also write every message, other libraries' too, to `folder`/rank-<rank>.log; returns that path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"rank-{rank:05d}.log"
+    stop_file()
+    handler = _RankFile(path, mode="w", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    # On the root logger, so that a warning of torch or DeepSpeed is found beside ours.
+    logging.getLogger().addHandler(handler)
+    logging.captureWarnings(True)
+    return path
+
+
+def log_path() -> Path | None:
+    """The log file of this rank, if there is one yet."""
+    return next((Path(h.baseFilename) for h in _files()), None)
+
+
+def record_failure(error: BaseException) -> None:
+    """Write the traceback of `error` to this rank's log file, and there only."""
+    for handler in _files():
+        record = logging.LogRecord(PACKAGE, logging.ERROR, __file__, 0, "failed", None, _exc_info(error))
+        handler.handle(record)
+        handler.flush()
+
+
+def stop_file() -> None:
+    """Close this rank's log file."""
+    for handler in _files():
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+class _RankFile(logging.FileHandler):
+    """The handler of this rank's own file, told apart from a host program's handlers."""
+
+
+class _ConsoleFormatter(logging.Formatter):
+    def __init__(self, rank: int) -> None:
+        super().__init__("%(message)s")
+        self._prefix = "" if rank == 0 else f"[rank {rank}] "
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        return f"{self._prefix}{level}{super().format(record)}"
+
+
+def _exc_info(error: BaseException) -> tuple[type[BaseException], BaseException, TracebackType | None]:
+    return type(error), error, error.__traceback__
+
+
+def _files() -> list[_RankFile]:
+    return [h for h in logging.getLogger().handlers if isinstance(h, _RankFile)]

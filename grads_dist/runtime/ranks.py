@@ -1,0 +1,195 @@
+"""The ranks of a run: their process group, and the few ways in which they agree."""
+
+import datetime
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from grads_dist.errors import ConfigError, GradsDistError
+from grads_dist.runtime import launcher
+from grads_dist.runtime.launcher import Placement
+
+T = TypeVar("T")
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+LONGEST_PAUSE = 0.5  # seconds
+REPORT_TIMEOUT = datetime.timedelta(seconds=10)
+
+_started: "Ranks | None" = None
+
+
+class Ranks:
+    """One process's view of all ranks; the lifetime of the default process group.
+
+    Control messages (errors, small results) travel over a gloo group of their own, so that they neither touch
+    the GPU nor mix with the model's collectives.
+    """
+
+    def __init__(self, placement: Placement, device: torch.device, store: dist.Store | None) -> None:
+        self.placement = placement
+        self.rank = placement.rank
+        self.world_size = placement.world_size
+        self.local_rank = placement.local_rank
+        self.device = device
+        self.is_main = placement.rank == 0
+        self._store = store
+        self._control = (
+            dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if store is not None else None
+        )
+        self._num_main_calls = 0
+        # The error that all ranks raised together, if any: after it they may still meet, after others not.
+        self.shared_error: GradsDistError | None = None
+
+    @staticmethod
+    def start(placement: Placement) -> "Ranks":
+        """Start the process group (nccl on CUDA, else gloo; none for one rank), or return the started one.
+
+        Raises ConfigError when the node has fewer GPUs than ranks.
+        """
+        global _started
+        if _started is None:
+            launcher.export(placement)
+            device = _own_device(placement)
+            store = None
+            if placement.world_size > 1:
+                store = _rendezvous(placement)
+                _init_group(device, store, placement.rank, placement.world_size)
+            _started = Ranks(placement, device, store)
+        return _started
+
+    def ensure_group(self) -> None:
+        """Start a group of one rank where there is none: DeepSpeed needs one even when alone."""
+        if not dist.is_initialized():
+            _init_group(self.device, dist.HashStore(), rank=0, world_size=1)
+
+    def barrier(self) -> None:
+        """Wait until every rank is here. Collective."""
+        if self.world_size > 1:
+            dist.barrier(group=self._control)
+
+    def on_main(self, fn: Callable[[], T]) -> T:
+        """Run `fn` on rank 0; its result is returned, its GradsDistError raised, on every rank. Collective.
+
+        `fn` may take longer than any collective's timeout. The result must be picklable.
+        Any other exception leaves rank 0 at once, and the launcher ends the others.
+        """
+        if self.world_size == 1:
+            return fn()
+        outcome: list[tuple[T | None, GradsDistError | None]] = [(None, None)]
+        if self.is_main:
+            outcome[0] = _attempt(fn)
+        self._follow_main()
+        dist.broadcast_object_list(outcome, src=0, group=self._control)
+        result, error = outcome[0]
+        if error is not None:
+            self.shared_error = error
+            raise error
+        return result  # type: ignore[return-value]  # None only where fn returned None
+
+    def agree(self, error: GradsDistError | None) -> None:
+        """Raise the error of the lowest rank that has one, on every rank. Collective."""
+        errors = self.gather(error)
+        first = next((e for e in errors if e is not None), None)
+        if first is not None:
+            self.shared_error = first
+            raise first
+
+    def gather(self, obj: T) -> list[T]:
+        """Collect one picklable object a rank, in rank order, on every rank. Collective."""
+        if self.world_size == 1:
+            return [obj]
+        gathered: list[T | None] = [None] * self.world_size
+        dist.all_gather_object(gathered, obj, group=self._control)
+        return gathered  # type: ignore[return-value]  # every slot is filled
+
+    def report_once(self, report: Callable[[], None]) -> None:
+        """Run `report` on the first rank that gets here; the others wait for it to be done, but never long.
+
+        Not a collective: a rank that fails alone may call it while the others are elsewhere.
+        """
+        if self._store is None:
+            report()
+            return
+        try:
+            if self._store.add("report", 1) == 1:
+                report()
+                self._store.set("reported", "")
+            else:
+                self._store.wait(["reported"], REPORT_TIMEOUT)
+        except dist.DistError:
+            # The rank that holds the store is gone, after its own report.
+            return
+
+    def close(self) -> None:
+        """End the process group when all ranks are done. Collective: not for a rank that failed alone."""
+        global _started
+        if _started is not self:
+            return
+        self.barrier()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        launcher.finish(self.placement)
+        _started = None
+
+    def _follow_main(self) -> None:
+        """Let rank 0 announce that its turn is over: waiting in a collective would time out."""
+        assert self._store is not None
+        key = f"main/{self._num_main_calls}"
+        self._num_main_calls += 1
+        if self.is_main:
+            self._store.set(key, "")
+            return
+        pause = 0.001
+        while not self._store.check([key]):
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def pick_device(local_rank: int, num_gpus: int) -> str:
+    """The device of a rank on a node that shows it `num_gpus` GPUs.
+
+    Raises ConfigError when there are GPUs, but fewer than ranks.
+    """
+    if num_gpus == 0:
+        return "cpu"
+    if num_gpus == 1:
+        # Slurm and MPI set-ups may show each rank its own GPU only, as number 0.
+        return "cuda:0"
+    if local_rank >= num_gpus:
+        raise ConfigError(
+            f"ranks per node: local rank {local_rank} has no GPU; allowed: at most {num_gpus} on this node"
+        )
+    return f"cuda:{local_rank}"
+
+
+def _own_device(placement: Placement) -> torch.device:
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = torch.device(pick_device(placement.local_rank, num_gpus))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        launcher.choose_cpu_for_deepspeed()
+    return device
+
+
+def _rendezvous(placement: Placement) -> dist.Store:
+    store, _, _ = next(
+        dist.rendezvous("env://", placement.rank, placement.world_size, timeout=COLLECTIVE_TIMEOUT)
+    )
+    return dist.PrefixStore("grads_dist", store)
+
+
+def _init_group(device: torch.device, store: dist.Store, rank: int, world_size: int) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
+    )
+
+
+def _attempt(fn: Callable[[], T]) -> tuple[T | None, GradsDistError | None]:
+    try:
+        return fn(), None
+    except GradsDistError as error:
+        return None, error

@@ -1,0 +1,78 @@
+"""Controls: simple rankings that a selection has to beat."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from grads_dist.errors import ConfigError
+from grads_dist.selection.noise import uniform
+from grads_dist.selection.signal import read_column
+
+CONTROLS = ("random", "length_matched_random", "loss", "grand")
+
+# So many rows of about one length are drawn from: with fewer, a control could only repeat the selection.
+_ROWS_PER_BIN = 50
+
+
+def control_score(
+    name: str, table: pa.Table, targets: list[str], seed: int, reference: np.ndarray | None
+) -> np.ndarray:
+    """Score of every row under a control, float64 [n], the best highest (docs/selection.md, "Controls").
+
+    Args:
+        name: one of `CONTROLS`.
+        table: the candidate rows of the score table.
+        targets: probed targets, for `grand`.
+        seed: of the random controls.
+        reference: bool [n], the selection whose lengths `length_matched_random` repeats; its other rows
+        rank last.
+
+    Raises:
+        ConfigError: a column is missing or, for `grand`, there is no target.
+        DataError: a column is not finite.
+    """
+    if name == "loss":
+        return read_column(table, "loss", "selection.criterion")
+    if name == "grand":
+        return gradient_norm(table, targets)
+    noise = uniform(table.column("index").to_numpy(), seed, name)
+    if name == "random":
+        return noise
+    assert reference is not None
+    return noise + _length_matched(table.column("num_label_tokens").to_numpy(), noise, reference)
+
+
+def gradient_norm(table: pa.Table, targets: list[str]) -> np.ndarray:
+    """Norm of the gradient over all probed targets, float64 [n]; errors as `control_score`.
+
+    `tied` is the sum of the gradients of `embedding` and `lm_head`, which then are not counted again.
+    """
+    counted = [name for name in targets if "tied" not in targets or name not in ("embedding", "lm_head")]
+    if not counted:
+        raise ConfigError(
+            "selection.criterion: grand needs at least one target, and the score table has none"
+        )
+    return np.sqrt(
+        np.sum([read_column(table, f"{name}.sumsq", "selection.criterion") for name in counted], axis=0)
+    )
+
+
+def length_bins(lengths: np.ndarray) -> np.ndarray:
+    """Bins of neighbouring lengths, int64 [n]: a new one starts with the first length after 50 rows."""
+    values, group, counts = np.unique(lengths, return_inverse=True, return_counts=True)
+    num_shorter = np.cumsum(counts) - counts
+    return (num_shorter // _ROWS_PER_BIN)[group]
+
+
+def _length_matched(lengths: np.ndarray, noise: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """1.0 for as many rows of each bin as the reference has there, those with the largest noise; else 0.0."""
+    bins = length_bins(lengths)
+    quota = np.bincount(bins[reference], minlength=int(bins.max(initial=0)) + 1)
+    order = np.lexsort((-noise, bins))
+    sorted_bins = bins[order]
+    starts = np.searchsorted(sorted_bins, sorted_bins, side="left")
+    picked = np.arange(len(order)) - starts < quota[sorted_bins]
+    result = np.empty(len(order))
+    result[order] = picked
+    return result

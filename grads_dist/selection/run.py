@@ -1,0 +1,83 @@
+"""Selection from the files of a finished probe."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from grads_dist.errors import ConfigError
+from grads_dist.runtime.rundir import RunDir
+from grads_dist.selection.config import SelectionConfig
+from grads_dist.selection.scored import needs_graph
+from grads_dist.selection.select import Selection, needed_columns, select
+from grads_dist.selection.write import write_selection
+
+if TYPE_CHECKING:
+    from grads_dist.config import Config
+    from grads_dist.data.corpus import Corpus
+
+logger = logging.getLogger(__name__)
+
+
+def run_selection(config: Config, rundir: RunDir, corpus: Corpus) -> dict[str, Any]:
+    """Select from a run directory and write the selection into it; returns what summary.json holds.
+
+    Raises:
+        ConfigError: the run is not probed, or lacks what the configuration asks for.
+        DataError: the score table, the features and the corpus do not belong together.
+    """
+    selection = select_from(config, rundir)
+    counts = selection.summary["counts"] | {"corpus": corpus.num_rows, "rejected": _num_rejected(rundir)}
+    folder = rundir.selection_dir(config.selection.name)
+    summary = write_selection(
+        replace(selection, summary=selection.summary | {"counts": counts}), corpus, folder
+    )
+    logger.info("select: %d rows in %s", len(selection.selected_index), folder / summary["subset"])
+    return summary
+
+
+def select_from(config: Config, rundir: RunDir) -> Selection:
+    """Select from a run directory without writing; errors are those of `run_selection`."""
+    for path in (rundir.scores, rundir.manifest):
+        if not path.exists():
+            raise ConfigError(f"output_dir: {str(rundir.root)!r} has no {path.name}; probe first")
+    targets = list(json.loads(rundir.manifest.read_text(encoding="utf-8"))["targets"])
+    table = _read_table(rundir, config.selection, targets)
+    features = _read_features(rundir, config)
+    return select(table, features, config.selection, config.similarity, targets)
+
+
+def _read_table(rundir: RunDir, selection: SelectionConfig, targets: list[str]) -> pa.Table:
+    """Only the columns that the selection needs; `select` names one that is missing."""
+    present = set(pq.read_schema(rundir.scores).names)
+    columns = [name for name in needed_columns(selection, targets) if name in present]
+    return pq.read_table(rundir.scores, columns=columns)
+
+
+def _read_features(rundir: RunDir, config: Config) -> np.ndarray | None:
+    path = rundir.features(config.similarity.features)
+    if not needs_graph(config.selection):
+        return None
+    if not path.exists():
+        available = sorted(file.stem for file in path.parent.glob("*.npy"))
+        if not available:
+            return None
+        raise ConfigError(
+            f"similarity.features: {config.similarity.features!r} is not among the features of the run; "
+            f"allowed: {', '.join(available)}"
+        )
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def _num_rejected(rundir: RunDir) -> int | None:
+    """Rows in rejected.jsonl; None where the run has no such file."""
+    if not rundir.rejected.exists():
+        return None
+    with rundir.rejected.open("rb") as lines:
+        return sum(1 for _ in lines)

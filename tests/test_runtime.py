@@ -1,0 +1,334 @@
+"""Launchers, ranks, the run directory and logs. As a script, this file is what the ranks of its tests do."""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from grads_dist.errors import ConfigError, DataError, GradsDistError
+from grads_dist.runtime import launcher, logs
+from grads_dist.runtime.launcher import Placement, first_host, place
+from grads_dist.runtime.rundir import RunDir, atomic_write
+
+SLURM = {
+    "SLURM_JOB_ID": "12",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "2",
+    "SLURM_NTASKS": "99",
+    "SLURM_STEP_NUM_TASKS": "6",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x3)",
+    "SLURM_STEP_NODELIST": "gpu[07-09]",
+    "SLURM_NODELIST": "gpu[01-09]",
+}
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "head",
+    "MASTER_PORT": "1234",
+}
+
+
+def test_alone_is_one_rank():
+    assert place({}) == Placement(0, 1, 0, 1, "single")
+
+
+def test_torchrun_wins_over_slurm():
+    assert place(SLURM | TORCHRUN) == Placement(3, 4, 1, 2, "torchrun", "head", 1234)
+
+
+def test_deepspeed_launcher_is_known():
+    env = {k: v for k, v in TORCHRUN.items() if k != "LOCAL_WORLD_SIZE"}
+    placement = place(env | {"CROSS_RANK": "0", "CROSS_SIZE": "1", "LOCAL_SIZE": "2"})
+    assert placement == Placement(3, 4, 1, 2, "deepspeed", "head", 1234)
+
+
+def test_slurm_step():
+    placement = place(SLURM)
+    assert placement == Placement(5, 6, 1, 2, "slurm", "gpu07", placement.master_port)
+    assert 20000 <= placement.master_port < 30000
+    # All ranks of the step must come to the same port, and another job on the node to another.
+    assert place(SLURM | {"SLURM_PROCID": "0", "SLURM_NODEID": "0"}).master_port == placement.master_port
+    assert place(SLURM | {"SLURM_JOB_ID": "13"}).master_port != placement.master_port
+
+
+def test_slurm_batch_script_without_srun_is_one_rank():
+    env = {k: v for k, v in SLURM.items() if "STEP" not in k}
+    assert place(env).world_size == 1
+
+
+def test_slurm_uneven_nodes():
+    env = SLURM | {"SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_NODEID": "2"}
+    assert place(env).local_world_size == 1
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "first"),
+    [
+        ("n[1-3]", "n1"),
+        ("n[03,05-9],m1", "n03"),
+        ("n1", "n1"),
+        ("a-b.c,d", "a-b.c"),
+        ("rack[2-4]-gpu,x", "rack2-gpu"),
+    ],
+)
+def test_first_host(nodelist, first):
+    assert first_host(nodelist) == first
+
+
+@pytest.mark.parametrize(
+    ("env", "named"),
+    [
+        (TORCHRUN | {"RANK": "x"}, "RANK: 'x'"),
+        (TORCHRUN | {"MASTER_PORT": "-1"}, "MASTER_PORT: '-1'"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR"),
+        (SLURM | {"SLURM_STEP_NODELIST": ""}, "SLURM_NODELIST: ''"),
+    ],
+)
+def test_broken_launcher_variables_are_named(env, named):
+    with pytest.raises(ConfigError, match=named):
+        place(env)
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "num_gpus", "device"), [(3, 0, "cpu"), (3, 4, "cuda:3"), (1, 1, "cuda:0")]
+)
+def test_pick_device(local_rank, num_gpus, device):
+    from grads_dist.runtime.ranks import pick_device
+
+    assert pick_device(local_rank, num_gpus) == device
+
+
+def test_pick_device_refuses_more_ranks_than_gpus():
+    from grads_dist.runtime.ranks import pick_device
+
+    with pytest.raises(ConfigError, match="local rank 2 has no GPU; allowed: at most 2"):
+        pick_device(2, 2)
+
+
+def test_two_ranks_under_torchrun(torchrun, tmp_path):
+    done = torchrun(2, Path(__file__), "cases", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    seen = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    for rank, own in enumerate(seen):
+        assert own["place"] == [rank, 2, rank, "torchrun", rank == 0]
+        assert own["on_main"] == {"by": 0, "slow": True}
+        assert own["main_error"] == ["DataError", "bad rows"]
+        assert own["agreed"] == ["ConfigError", "only rank 1"]
+        assert own["lowest"] == ["DataError", "rank 0"]
+        assert own["no_error"] is True
+        assert own["gathered"] == [{"rank": 0}, {"rank": 1}]
+        assert own["exported"] == [str(rank), "2", str(rank)]
+        assert own["sum"] == 3.0
+        assert own["same_object"] is True
+    assert sorted(own["reported"] for own in seen) == [0, 1]
+
+
+def test_two_ranks_under_mpiexec(tmp_path):
+    mpiexec = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if mpiexec is None:
+        pytest.skip("no mpiexec")
+    from conftest import TIMEOUT, clean_environment
+
+    command = [mpiexec, "-n", "2", sys.executable, __file__, "cases", str(tmp_path)]
+    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode == 0, done.stderr
+    seen = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    assert [own["place"] for own in seen] == [[0, 2, 0, "mpi", True], [1, 2, 1, "mpi", False]]
+    assert [own["sum"] for own in seen] == [3.0, 3.0]
+
+
+def test_one_rank_needs_no_group_until_asked(tmp_path):
+    from conftest import TIMEOUT, clean_environment
+
+    command = [sys.executable, __file__, "alone", str(tmp_path)]
+    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode == 0, done.stderr
+    own = json.loads((tmp_path / "rank-0.json").read_text())
+    assert own == {
+        "group_at_start": False,
+        "on_main": 7,
+        "gathered": [5],
+        "agreed": ["ConfigError", "alone"],
+        "group_when_asked": True,
+        "sum": 1.0,
+        "group_after_close": False,
+        "accelerator": "cpu" if own["device"] == "cpu" else None,
+        "device": own["device"],
+    }
+
+
+def test_paths_of_the_run_directory(tmp_path):
+    run = RunDir(tmp_path)
+    assert run.config == tmp_path / "config.yaml"
+    assert run.environment == tmp_path / "environment.json"
+    assert run.manifest == tmp_path / "manifest.json"
+    assert run.scores_dir == tmp_path / "scores"
+    assert run.scores == tmp_path / "scores.parquet"
+    assert run.features_dir("content") == tmp_path / "features" / "content"
+    assert run.features("content") == tmp_path / "features" / "content.npy"
+    assert run.rejected == tmp_path / "rejected.jsonl"
+    assert run.logs_dir == tmp_path / "logs"
+    assert run.selection_dir("default") == tmp_path / "selection" / "default"
+
+
+def test_create_refuses_a_run_and_overwrites_on_request(tmp_path):
+    run = RunDir(tmp_path / "a" / "run")
+    run.create(overwrite=False)
+    run.config.write_text("{}")
+    # A configuration alone is no result: a run that failed early may be started again.
+    run.create(overwrite=False)
+    run.scores_dir.mkdir()
+    run.selection_dir("default").mkdir(parents=True)
+    note = run.root / "notes.txt"
+    note.write_text("the user's own")
+    with pytest.raises(ConfigError, match=r"output_dir: .*holds a run already \(scores\).*--overwrite"):
+        run.create(overwrite=False)
+    assert run.scores_dir.exists()
+    run.create(overwrite=True)
+    assert [path.name for path in run.root.iterdir()] == ["notes.txt"]
+
+
+def test_overwrite_spares_a_folder_that_is_no_run(tmp_path):
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "scores" / "exam.txt").write_text("precious")
+    with pytest.raises(ConfigError, match="no config.yaml"):
+        RunDir(tmp_path).create(overwrite=True)
+    assert (tmp_path / "scores" / "exam.txt").read_text() == "precious"
+
+
+def test_create_refuses_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="output_dir: .*cannot be written"):
+        RunDir(tmp_path / "file" / "run").create(overwrite=False)
+
+
+def test_atomic_write_shows_nothing_before_it_is_whole(tmp_path):
+    path = tmp_path / "x.npy"
+    path.write_text("old")
+    with atomic_write(path) as temporary:
+        temporary.write_text("new")
+        assert temporary.parent == tmp_path and temporary.suffix == ".npy"
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_atomic_write_leaves_nothing_on_error(tmp_path):
+    with pytest.raises(RuntimeError), atomic_write(tmp_path / "x") as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_log_file_and_console_of_each_rank(tmp_path, capsys):
+    names = ["grads_dist.part", "other.library"]
+    try:
+        logs.start_console(rank=2)
+        path = logs.log_to_file(tmp_path / "logs", rank=2)
+        assert path == tmp_path / "logs" / "rank-00002.log" == logs.log_path()
+        for name in names:
+            logging.getLogger(name).warning("careful")
+        logging.getLogger(names[0]).info("progress")
+        logs.record_failure(ValueError("deep inside"))
+    finally:
+        logs.stop_file()
+    assert capsys.readouterr().err == "[rank 2] warning: careful\n"
+    text = path.read_text()
+    assert "WARNING grads_dist.part: careful" in text
+    assert "WARNING other.library: careful" in text
+    assert "INFO grads_dist.part: progress" in text
+    assert "ValueError: deep inside" in text
+    assert logs.log_path() is None
+
+
+def test_rank_0_prints_progress_without_a_prefix(capsys):
+    logs.start_console(rank=0)
+    logging.getLogger("grads_dist.part").info("progress")
+    assert capsys.readouterr().err == "progress\n"
+
+
+def _raised(call):
+    try:
+        call()
+    except GradsDistError as error:
+        return [type(error).__name__, str(error)]
+    return None
+
+
+def _fail_with(error):
+    raise error
+
+
+def _several(ranks, placement):
+    import torch
+    import torch.distributed as dist
+
+    from grads_dist.runtime.ranks import Ranks
+
+    def slow():
+        time.sleep(0.3)
+        return {"by": ranks.rank, "slow": True}
+
+    reports = []
+    ranks.report_once(lambda: reports.append(1))
+    total = torch.tensor([ranks.rank + 1.0])
+    ranks.ensure_group()
+    total = total.to(ranks.device)
+    dist.all_reduce(total)
+    return {
+        "place": [ranks.rank, ranks.world_size, ranks.local_rank, placement.launcher, ranks.is_main],
+        "on_main": ranks.on_main(slow),
+        "main_error": _raised(lambda: ranks.on_main(lambda: _fail_with(DataError("bad rows")))),
+        "agreed": _raised(lambda: ranks.agree(ConfigError("only rank 1") if ranks.rank == 1 else None)),
+        "lowest": _raised(lambda: ranks.agree(DataError(f"rank {ranks.rank}"))),
+        "no_error": ranks.agree(None) is None,
+        "gathered": ranks.gather({"rank": ranks.rank}),
+        "exported": [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")],
+        "sum": float(total),
+        "same_object": Ranks.start(placement) is ranks,
+        "reported": len(reports),
+    }
+
+
+def _alone(ranks):
+    import torch
+    import torch.distributed as dist
+
+    own = {
+        "group_at_start": dist.is_initialized(),
+        "on_main": ranks.on_main(lambda: 7),
+        "gathered": ranks.gather(5),
+        "agreed": _raised(lambda: ranks.agree(ConfigError("alone"))),
+        "accelerator": os.environ.get("DS_ACCELERATOR"),
+        "device": ranks.device.type,
+    }
+    ranks.ensure_group()
+    total = torch.ones(1, device=ranks.device)
+    dist.all_reduce(total)
+    own |= {"group_when_asked": dist.is_initialized(), "sum": float(total)}
+    ranks.close()
+    return own | {"group_after_close": dist.is_initialized()}
+
+
+def _main(case, folder):
+    from grads_dist.runtime.ranks import Ranks
+
+    placement = launcher.detect()
+    ranks = Ranks.start(placement)
+    own = _alone(ranks) if case == "alone" else _several(ranks, placement)
+    (Path(folder) / f"rank-{ranks.rank}.json").write_text(json.dumps(own))
+    ranks.close()
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
