@@ -1,0 +1,60 @@
+"""Folders in the cache: written beside their final name, synced, renamed: a final name means complete."""
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from grads_dist.errors import ConfigError
+
+
+@contextlib.contextmanager
+def publish(final: Path) -> Iterator[Path]:
+    """Give a temporary folder that becomes `final` at exit, or vanishes on an error.
+
+    Where another process has published the same folder meanwhile, that one stays: equal keys mean equal
+    content. Raises ConfigError when the cache cannot be written.
+    """
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix="tmp-", dir=final.parent))
+    except OSError as error:
+        raise ConfigError(
+            f"data.cache_dir: {str(final.parent)!r} cannot be written ({error.strerror}); "
+            "allowed: a writable folder"
+        ) from error
+    try:
+        yield temporary
+        # mkdtemp makes folders private; other ranks may run as another user of the same group.
+        temporary.chmod(0o777 & ~_umask())
+        for path in temporary.iterdir():
+            _sync(path)
+        _rename(temporary, final)
+        _sync(final.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _rename(temporary: Path, final: Path) -> None:
+    try:
+        temporary.rename(final)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

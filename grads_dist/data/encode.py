@@ -1,0 +1,126 @@
+"""One row to tokens and the tokens that carry loss, by the format of the corpus."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from grads_dist.data.chat import ChatEncoder
+from grads_dist.data.config import DataConfig
+from grads_dist.data.formats import Chat, Completion, Example, RowFormat, Text, Tokens, read_example
+from grads_dist.data.rows import RowError
+from grads_dist.data.spans import tokenize_spans
+from grads_dist.data.tokenizer import TokenizerSource, find_template, load_tokenizer
+from grads_dist.errors import ConfigError
+
+_NO_TEMPLATE = (
+    "data.chat_template: the rows are chats and the tokenizer has no chat template; give a Jinja file"
+)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How rows are encoded; equal encodings of equal rows give equal tokens."""
+
+    config: DataConfig
+    row_format: RowFormat
+    source: TokenizerSource
+    vocab_size: int | None = None
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """Token ids int32[T] and bool[T], the tokens that carry loss; T and the sum are at least 2 and 1."""
+
+    tokens: np.ndarray
+    loss: np.ndarray
+    is_truncated: bool
+
+
+class RowEncoder:
+    """Encodes rows one by one; holds the tokenizer (None for rows of token ids)."""
+
+    def __init__(self, encoding: Encoding) -> None:
+        self._config = encoding.config
+        self._format = encoding.row_format
+        self._vocab_size = encoding.vocab_size
+        self.tokenizer: Any = None
+        self.template: str | None = None
+        self._chat: ChatEncoder | None = None
+        self._head: list[int] = []
+        self._tail: list[int] = []
+        if encoding.row_format == "tokens":
+            return
+        self.tokenizer = load_tokenizer(encoding.source)
+        self._head, self._tail = _text_frame(self.tokenizer)
+        if encoding.row_format != "text":
+            self.template = find_template(self.tokenizer, self._config.chat_template)
+        if self.template is not None:
+            self._chat = ChatEncoder(self.tokenizer, self.template)
+        elif encoding.row_format == "messages":
+            raise ConfigError(_NO_TEMPLATE)
+
+    @property
+    def mask(self) -> str:
+        """How the tokens that carry loss are found, in one phrase."""
+        if self._format == "tokens":
+            return "labels"
+        if not self._config.assistant_only_loss:
+            return "all tokens"
+        if self._format == "messages" and self._chat is not None:
+            marks = {"generation": "{% generation %} marks", "prefix": "growing prefixes"}
+            return f"assistant turns by {marks[self._chat.method]}"
+        return "completion" if self._format == "prompt_completion" else "all tokens"
+
+    def encode(self, row: dict[str, Any]) -> EncodedRow:
+        """Encode `row`. Raises RowError when it cannot be used."""
+        ids, loss = self._encode(read_example(row, self._config, self._format))
+        return self._finish(ids, loss)
+
+    def _encode(self, example: Example) -> tuple[np.ndarray, np.ndarray]:
+        if isinstance(example, Tokens):
+            return example.input_ids, example.loss
+        if isinstance(example, Text):
+            return self._frame(example.text, 0)
+        if isinstance(example, Completion):
+            text = example.prompt + example.completion
+            return self._frame(text, len(example.prompt) if self._config.assistant_only_loss else 0)
+        assert isinstance(example, Chat)
+        if self._chat is None:
+            raise ConfigError(_NO_TEMPLATE)
+        return self._chat.encode(example, self._config.assistant_only_loss)
+
+    def _frame(self, text: str, start: int) -> tuple[np.ndarray, np.ndarray]:
+        """`text` between a document's special tokens; characters from `start` on and the end carry loss."""
+        spans = tokenize_spans(self.tokenizer, text, [start])
+        loss = spans.starts >= start
+        head = [] if len(spans.ids) and spans.ids[:1].tolist() == self._head else self._head
+        tail = [] if len(spans.ids) and spans.ids[-1:].tolist() == self._tail else self._tail
+        ids = np.concatenate([np.array(head, dtype=np.int64), spans.ids, np.array(tail, dtype=np.int64)])
+        return ids, np.concatenate([np.zeros(len(head), dtype=bool), loss, np.ones(len(tail), dtype=bool)])
+
+    def _finish(self, ids: np.ndarray, loss: np.ndarray) -> EncodedRow:
+        """Check the ids, cut at max_length and make sure that there is something to predict."""
+        length, limit = len(ids), self._config.max_length
+        if length < 2:
+            raise RowError("too short", f"{length} token{'s' * (length != 1)}: nothing to predict")
+        outside = ids < 0 if self._vocab_size is None else (ids < 0) | (ids >= self._vocab_size)
+        if outside.any():
+            k = int(np.flatnonzero(outside)[0])
+            size = "" if self._vocab_size is None else f" of {self._vocab_size}"
+            raise RowError("token id", f"token id {ids[k]} at position {k} is outside the vocabulary{size}")
+        loss = loss[:limit].copy()
+        loss[0] = False
+        if not loss.any():
+            cut = f" within max_length {limit} (the row has {length} tokens)" if length > limit else ""
+            raise RowError("no loss", f"no token carries loss{cut}")
+        return EncodedRow(ids[:limit].astype(np.int32), loss, length > limit)
+
+
+def _text_frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Special tokens before and after a text: those before only if the tokenizer adds them itself."""
+    added = tokenizer("", add_special_tokens=True)["input_ids"]
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return ([bos] if bos is not None and bos in added else []), ([eos] if eos is not None else [])

@@ -1,0 +1,97 @@
+"""Shows rows as the model will see them, with the tokens that carry loss marked."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from grads_dist.data.corpus import Corpus
+from grads_dist.data.encode import EncodedRow, Encoding, RowEncoder
+from grads_dist.data.formats import read_id, resolve_format
+from grads_dist.data.rows import Broken, RowError
+from grads_dist.data.tokenizer import TokenizerSource, load_tokenizer
+from grads_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from grads_dist.config import Config
+
+OPEN, CLOSE = "⟦", "⟧"
+_MOST_ROWS = 1000
+_MOST_CHARACTERS = 4000
+
+
+def inspect(config: Config, count: int) -> str:
+    """Text that shows the first `count` usable rows: tokens that carry loss between ⟦ and ⟧.
+
+    Rows that cannot be used on the way there are listed with their reasons; after 1000 rows it stops. Rows
+    take the same way as in `tokenize`. Raises what that raises.
+    """
+    data = config.data
+    corpus = Corpus.open(data)
+    source = TokenizerSource(
+        config.model.name_or_path or "", config.model.revision, config.model.trust_remote_code
+    )
+    row_format = resolve_format(data, corpus.columns(), is_schema=corpus.kind == "parquet")
+    encoding = Encoding(data, row_format, source)
+    encoder = RowEncoder(encoding)
+    tokenizer = _tokenizer_to_show(encoder, source)
+    samples: list[str] = []
+    rejected: list[tuple[int, RowError]] = []
+    for index, row in corpus.iter_rows(0, min(corpus.num_rows, _MOST_ROWS)):
+        if len(samples) == count:
+            break
+        try:
+            if isinstance(row, Broken):
+                raise RowError("broken row", row.reason)
+            encoded = encoder.encode(row)
+            samples.append(_sample(index, read_id(row, data, index), encoded, tokenizer))
+        except RowError as error:
+            rejected.append((index, error))
+    head = f"{corpus.num_rows} rows of {row_format}; loss on {encoder.mask}, marked {OPEN}so{CLOSE}"
+    return "\n\n".join([head, *samples, *_rejections(rejected, len(samples))]) + "\n"
+
+
+def _tokenizer_to_show(encoder: RowEncoder, source: TokenizerSource) -> Any:
+    """Rows of token ids need no tokenizer; with one they can be read."""
+    if encoder.tokenizer is not None:
+        return encoder.tokenizer
+    try:
+        return load_tokenizer(source)
+    except ConfigError:
+        return None
+
+
+def _sample(index: int, row_id: str, row: EncodedRow, tokenizer: Any) -> str:
+    cut = ", cut at max_length" if row.is_truncated else ""
+    head = f"row {index}, id {row_id!r}: {len(row.tokens)} tokens, {int(row.loss.sum())} carry loss{cut}"
+    return f"--- {head}\n{_marked(row, tokenizer)}"
+
+
+def _marked(row: EncodedRow, tokenizer: Any) -> str:
+    runs = groupby(zip(row.tokens.tolist(), row.loss.tolist(), strict=True), key=lambda token: token[1])
+    text = ""
+    for carries_loss, run in runs:
+        shown = _decode([token for token, _ in run], tokenizer)
+        text += f"{OPEN}{shown}{CLOSE}" if carries_loss else shown
+        if len(text) > _MOST_CHARACTERS:
+            return f"{text[:_MOST_CHARACTERS]} ... (the rest is not shown)"
+    return text
+
+
+def _decode(tokens: list[int], tokenizer: Any) -> str:
+    if tokenizer is None:
+        return " ".join(map(str, tokens))
+    text = tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    # Control characters would act on the terminal instead of being seen.
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def _rejections(rejected: list[tuple[int, RowError]], num_shown: int) -> list[str]:
+    if not rejected:
+        return []
+    kinds = Counter(error.kind for _, error in rejected)
+    summary = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    lines = [f"--- {len(rejected)} of the first {len(rejected) + num_shown} rows cannot be used: {summary}"]
+    lines += [f"row {index}: {error.reason}" for index, error in rejected[:20]]
+    return ["\n".join(lines + (["..."] if len(rejected) > 20 else []))]

@@ -1,0 +1,34 @@
+"""Rows that cannot be used: why, in one line."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A corpus row that could not be read; stands in the row's place."""
+
+    reason: str
+
+
+class RowError(Exception):
+    """A row cannot be used; `reason` is one clear line and `kind` groups rows that failed alike."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
+        self.reason = " ".join(reason.split())
+
+
+def kind_of_value(value: object) -> str:
+    """What a JSON value is, in the words a message uses."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "a boolean"
+    if isinstance(value, (int, float)):
+        return f"a number ({value})"
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, dict):
+        return "an object"
+    return "a list" if isinstance(value, (list, tuple)) else f"a {type(value).__name__}"

@@ -1,0 +1,203 @@
+"""Corpus to token store: in parallel processes, cached by what decides the tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from grads_dist.data.cache import publish
+from grads_dist.data.config import DataConfig
+from grads_dist.data.corpus import Corpus
+from grads_dist.data.encode import Encoding, RowEncoder
+from grads_dist.data.formats import read_id, resolve_format, used_columns
+from grads_dist.data.layout import META, ChunkWriter, Counts, join_chunks
+from grads_dist.data.rows import Broken, RowError
+from grads_dist.data.store import SCHEMA, TokenStore
+from grads_dist.data.tokenizer import TokenizerSource, tokenizer_hash
+from grads_dist.errors import DataError, GradsDistError
+
+logger = logging.getLogger(__name__)
+
+# A process takes seconds to start, so it must have that many rows to do before another one is worth it.
+_ROWS_WORTH_A_PROCESS = 5000
+_CHUNKS_PER_WORKER = 4
+
+
+def tokenize(
+    config: DataConfig, corpus: Corpus, tokenizer_source: TokenizerSource, vocab_size: int | None = None
+) -> TokenStore:
+    """Tokenize the corpus into the cache, or find it there; for one rank, the others open the store's path.
+
+    vocab_size: the model's; rows with a token id beyond it are rejected. The store does not depend on the
+    number of processes. Raises ConfigError for a tokenizer, template or cache that cannot be used, DataError
+    when the columns fit no format or no row can be used.
+    """
+    row_format = resolve_format(config, corpus.columns(), is_schema=corpus.kind == "parquet")
+    encoding = Encoding(config, row_format, tokenizer_source, vocab_size)
+    encoder = RowEncoder(encoding)
+    folder = config.cache_folder() / "tokens" / _key(encoding, encoder, corpus)
+    logger.info("rows are %s, loss on %s", encoding.row_format, encoder.mask)
+    if (folder / META).exists():
+        logger.info("tokens found in the cache: %s", folder)
+    else:
+        with publish(folder) as temporary:
+            chunks = _plan(config.num_workers, corpus.num_rows)
+            counts = _run(encoding, encoder, corpus, chunks, temporary)
+            _check_any(counts, corpus.num_rows)
+            join_chunks([temporary / name for name, _, _ in chunks], temporary)
+            meta = _meta(encoding, encoder, corpus, counts)
+            (temporary / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    store = TokenStore.open(folder)
+    _report(store)
+    return store
+
+
+Chunk = tuple[str, int, int]
+"""Name, first row, end."""
+
+
+def _plan(num_workers: int | None, num_rows: int) -> list[Chunk]:
+    """Contiguous chunks: one if a single process does them, a few a process otherwise."""
+    num_workers = _num_workers(num_workers, num_rows)
+    count = 1 if num_workers == 1 else min(num_rows, num_workers * _CHUNKS_PER_WORKER)
+    edges = [num_rows * k // count for k in range(count + 1)]
+    return [(f"chunk-{k:05d}", edges[k], edges[k + 1]) for k in range(count)]
+
+
+def _num_workers(num_workers: int | None, num_rows: int) -> int:
+    if num_workers is not None:
+        return min(num_workers, num_rows)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, num_rows // _ROWS_WORTH_A_PROCESS))
+
+
+def _run(
+    encoding: Encoding, encoder: RowEncoder, corpus: Corpus, chunks: list[Chunk], folder: Path
+) -> Counts:
+    total = Counts()
+    if len(chunks) == 1:
+        total.add(_encode_chunk(encoding, encoder, corpus, chunks[0], folder))
+        return total
+    num_workers = _num_workers(encoding.config.num_workers, corpus.num_rows)
+    logger.info("tokenizing %d rows in %d processes", corpus.num_rows, num_workers)
+    for counts in _in_processes(encoding, chunks, folder, num_workers):
+        total.add(counts)
+    return total
+
+
+def _in_processes(
+    encoding: Encoding, chunks: list[Chunk], folder: Path, num_workers: int
+) -> Iterator[Counts]:
+    # Spawned: this process may hold threads, a GPU and process groups, none of which survives a fork.
+    pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), _start_worker, (encoding,))
+    try:
+        futures = [pool.submit(_work, chunk, folder) for chunk in chunks]
+        for chunk, future in zip(chunks, futures, strict=True):
+            yield future.result()
+            logger.info("tokenized the rows up to %d", chunk[2])
+    except BrokenProcessPool as error:
+        raise GradsDistError(
+            "a tokenization process ended early: out of memory, or started from a script without "
+            "`if __name__ == '__main__':`; data.num_workers: 1 needs no processes"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# What a tokenization process works with; set once when it starts, since loading a tokenizer takes seconds.
+_worker: tuple[Encoding, RowEncoder, Corpus] | None = None
+
+
+def _start_worker(encoding: Encoding) -> None:
+    global _worker
+    # The processes are the parallelism; threads of the tokenizers library would only get in each other's way.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker = (encoding, RowEncoder(encoding), Corpus.open(encoding.config))
+
+
+def _work(chunk: Chunk, folder: Path) -> Counts:
+    assert _worker is not None
+    return _encode_chunk(*_worker, chunk, folder)
+
+
+def _encode_chunk(
+    encoding: Encoding, encoder: RowEncoder, corpus: Corpus, chunk: Chunk, folder: Path
+) -> Counts:
+    name, start, stop = chunk
+    config = encoding.config
+    with ChunkWriter(folder / name) as writer:
+        for index, row in corpus.iter_rows(start, stop, used_columns(config, encoding.row_format)):
+            try:
+                if isinstance(row, Broken):
+                    raise RowError("broken row", row.reason)
+                writer.add(index, read_id(row, config, index), encoder.encode(row))
+            except RowError as error:
+                writer.reject(index, error)
+    return writer.counts
+
+
+def _key(encoding: Encoding, encoder: RowEncoder, corpus: Corpus) -> str:
+    """sha256 of everything that decides the store's content."""
+    config = encoding.config
+    facts = {
+        "schema": SCHEMA,
+        "corpus": corpus.fingerprint,
+        "rows": corpus.num_rows,
+        "format": encoding.row_format,
+        "columns": used_columns(config, encoding.row_format),
+        "max_length": config.max_length,
+        "assistant_only_loss": config.assistant_only_loss,
+        "template": encoder.template,
+        "vocab_size": encoding.vocab_size,
+        "tokenizer": None if encoder.tokenizer is None else tokenizer_hash(encoder.tokenizer),
+        "versions": [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _check_any(counts: Counts, num_rows: int) -> None:
+    if counts.num_rows == 0:
+        kind, count = counts.rejected.most_common(1)[0]
+        index, reason = counts.examples[kind]
+        raise DataError(
+            f"data.path: none of the {num_rows} rows can be used; most often ({count} rows), "
+            f"as in row {index}: {reason}"
+        )
+
+
+def _meta(encoding: Encoding, encoder: RowEncoder, corpus: Corpus, counts: Counts) -> dict:
+    tokenizer = encoder.tokenizer
+    pads = [] if tokenizer is None else [tokenizer.pad_token_id, tokenizer.eos_token_id]
+    known_size = encoding.vocab_size or (0 if tokenizer is None else len(tokenizer))
+    return {
+        "schema": SCHEMA,
+        "corpus": corpus.fingerprint,
+        "format": encoding.row_format,
+        "mask": encoder.mask,
+        "num_rows": counts.num_rows,
+        "num_tokens": counts.num_tokens,
+        "num_label_tokens": counts.num_label_tokens,
+        "num_truncated": counts.num_truncated,
+        "num_rejected": sum(counts.rejected.values()),
+        "rejected": dict(sorted(counts.rejected.items())),
+        "pad_token_id": next((pad for pad in pads if pad is not None), 0),
+        "vocab_size": max(known_size, counts.largest_token + 1),
+    }
+
+
+def _report(store: TokenStore) -> None:
+    meta = store.meta
+    kinds = ", ".join(f"{count} {kind}" for kind, count in meta["rejected"].items())
+    logger.info(
+        "%d rows, %d tokens, %d of them carry loss; %d rows cut at max_length; %d rows rejected%s",
+        meta["num_rows"], meta["num_tokens"], meta["num_label_tokens"], meta["num_truncated"],
+        meta["num_rejected"], f" ({kinds})" if kinds else "",
+    )  # fmt: skip
