@@ -19,7 +19,7 @@ class DataError(GradsDistError):
     exit_code = 3
 
 
-class Interrupted(GradsDistError):
+class Interrupted(GradsDistError):  # noqa: N818  -- a state asked for, not a fault
     """The run was stopped on request and can be resumed."""
 
     exit_code = 4

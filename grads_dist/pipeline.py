@@ -7,13 +7,15 @@ import json
 import logging
 import platform
 import subprocess
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from grads_dist.config import Config, save_config
+from grads_dist.data.config import DataConfig
 from grads_dist.data.corpus import Corpus
+from grads_dist.errors import DataError
 from grads_dist.runtime import logs
 from grads_dist.runtime.launcher import detect
 from grads_dist.runtime.rundir import RunDir, atomic_write
@@ -68,7 +70,8 @@ def probe(config: Config, overwrite: bool = False) -> str:
             rundir.environment, _environment(ranks.world_size, str(ranks.device), ranks.placement.launcher)
         )
         _write_json(rundir.manifest, {**_identity(config, fingerprint), **manifest})
-        return f"probed {num_rows} rows ({store.num_rejected} rejected, {store.num_truncated} truncated): {rundir.scores}"
+        rejected, truncated = store.num_rejected, store.num_truncated
+        return f"probed {num_rows} rows ({rejected} rejected, {truncated} truncated): {rundir.scores}"
 
     return ranks.on_main(merge)
 
@@ -78,10 +81,23 @@ def select(config: Config) -> str:
     from grads_dist.selection.run import run_selection
 
     rundir = RunDir(Path(config.output_dir))
-    summary = run_selection(config, rundir, Corpus.open(config.data))
+    corpus = Corpus.open(config.data)
+    _check_corpus(rundir, corpus)
+    summary = run_selection(config, rundir, corpus)
     folder = rundir.selection_dir(config.selection.name)
     counts = summary["counts"]
     return f"selected {counts['selected']} of {counts['corpus']} rows: {folder / summary['subset']}"
+
+
+def _check_corpus(rundir: RunDir, corpus: Corpus) -> None:
+    """Refuse a corpus that changed since it was probed: row numbers would point at other rows."""
+    if not rundir.manifest.exists():
+        return
+    probed = json.loads(rundir.manifest.read_text(encoding="utf-8"))["corpus"]
+    if probed != corpus.fingerprint:
+        raise DataError(
+            f"data.path: not the corpus that {str(rundir.root)!r} probed; restore it, or probe again"
+        )
 
 
 def _prepare(config: Config, rundir: RunDir, overwrite: bool) -> tuple[str, Path]:
@@ -93,17 +109,27 @@ def _prepare(config: Config, rundir: RunDir, overwrite: bool) -> tuple[str, Path
     from grads_dist.data.tokenizer import TokenizerSource
     from grads_dist.model.load import load_text_config
 
-    vocab_size = load_text_config(config.model).vocab_size
-    corpus = Corpus.open(config.data)
+    text_config = load_text_config(config.model)
+    data = _within_context(config.data, text_config)
+    corpus = Corpus.open(data)
     rundir.create(overwrite)
     save_config(config, rundir.config)
     model = config.model
     source = TokenizerSource(str(model.name_or_path), model.revision, model.trust_remote_code)
-    store = tokenize(config.data, corpus, source, vocab_size=vocab_size)
+    store = tokenize(data, corpus, source, vocab_size=text_config.vocab_size)
     with atomic_write(rundir.rejected) as path, path.open("w", encoding="utf-8") as lines:
         for index, reason in store.iter_rejected():
             lines.write(json.dumps({"index": index, "reason": reason}, ensure_ascii=False) + "\n")
     return corpus.fingerprint, store.path
+
+
+def _within_context(data: DataConfig, text_config: Any) -> DataConfig:
+    """Cut rows at the model's context, where it has learned positions or was trained with no more."""
+    context = getattr(text_config, "max_position_embeddings", None)
+    if context is None or data.max_length <= context:
+        return data
+    log.info("data.max_length %d is beyond the model's context; rows are cut at %d", data.max_length, context)
+    return replace(data, max_length=int(context))
 
 
 def _identity(config: Config, fingerprint: str) -> dict[str, Any]:

@@ -19,8 +19,8 @@ ARCHITECTURES = ["llama", "gpt2", "qwen2", "gemma2"]
 EXACT = 1e-9
 """float64 throughout (GPT-2): sums of up to 10^4 products at 1e-16 each, and room for cancellation."""
 THROUGH_FLOAT32 = 5e-6
-"""Llama, Qwen2 and Gemma-2 form their norms (and Gemma-2 its softmax) in float32 whatever the model's type, so
-that two float64 passes over different batches agree to about 1e-7 an operation."""
+"""Llama, Qwen2 and Gemma-2 form their norms (and Gemma-2 its softmax) in float32 whatever the model's type,
+so that two float64 passes over different batches agree to about 1e-7 an operation."""
 
 
 def probe(model, rows, wanted, weights=None, head_chunk_bytes=1 << 20, backward=True):
@@ -90,7 +90,7 @@ def test_tied_weight(architecture):
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
 @pytest.mark.parametrize("chunk", [8 * VOCAB_BYTES for VOCAB_BYTES in (61, 3 * 61)])
 def test_head_chunks_do_not_change_anything(architecture, chunk):
-    """A chunk of 1 or 3 label positions: every sample is longer than a chunk and is cut over the vocabulary."""
+    """Chunks of 1 and 3 label positions: samples longer than a chunk are cut over the vocabulary."""
     model = tiny_model(architecture).double()
     rows = Rows.random(4, seed=3)
     wanted = ["lm_head", "embedding"] + (["tied"] if architecture == "gemma2" else [])

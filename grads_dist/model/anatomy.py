@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from grads_dist.errors import ConfigError
 from grads_dist.stats.head_pass import LogitTransform
@@ -15,7 +17,7 @@ from grads_dist.stats.head_pass import LogitTransform
 class Anatomy:
     """The parts of a transformers causal language model that the probe addresses by name."""
 
-    model: nn.Module
+    model: PreTrainedModel
     embedding_name: str
     head_name: str
     layers: tuple[str, ...]
@@ -25,30 +27,36 @@ class Anatomy:
     @property
     def body(self) -> nn.Module:
         """The model without its LM head; returns an output with `last_hidden_state`."""
-        return self.model.base_model  # type: ignore[return-value]
+        return cast(nn.Module, self.model.base_model)
 
     @property
-    def embedding(self) -> nn.Module:
+    def embedding(self) -> nn.Embedding:
         """The input embedding."""
-        return self.model.get_submodule(self.embedding_name)
+        return cast(nn.Embedding, self.model.get_submodule(self.embedding_name))
 
     @property
-    def head(self) -> nn.Module:
-        """The LM head, a linear module."""
-        return self.model.get_submodule(self.head_name)
+    def head(self) -> nn.Linear:
+        """The LM head."""
+        return cast(nn.Linear, self.model.get_submodule(self.head_name))
+
+    @property
+    def vocab_size(self) -> int:
+        """V, rows of the LM head, also where ZeRO-3 keeps only a shard of them here."""
+        weight = self.head.weight
+        return int(getattr(weight, "ds_shape", weight.shape)[0])
 
     @property
     def embedding_dim(self) -> int:
         """D, the size of a hidden state as the body returns it."""
-        return int(self.head.in_features)  # type: ignore[arg-type]
+        return self.head.in_features
 
 
-def dissect(model: nn.Module) -> Anatomy:
+def dissect(model: PreTrainedModel) -> Anatomy:
     """Find the parts of `model`; raises ConfigError naming the part that is not as expected."""
     kind = type(model).__name__
     names = {id(module): name for name, module in model.named_modules()}
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    embedding = model.get_input_embeddings()
+    head = model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding):
         raise ConfigError(
             f"model: {kind} has an input embedding of type {type(embedding).__name__}, which has no rule"
@@ -69,10 +77,10 @@ def dissect(model: nn.Module) -> Anatomy:
     )
 
 
-def _decoder_layers(model: nn.Module, names: dict[int, str]) -> tuple[str, ...]:
+def _decoder_layers(model: PreTrainedModel, names: dict[int, str]) -> tuple[str, ...]:
     """Names of the decoder layers: the outermost module list with one module a hidden layer."""
-    depth = model.config.get_text_config().num_hidden_layers  # type: ignore[operator, union-attr]
-    for module in model.base_model.modules():  # type: ignore[operator, union-attr]
+    depth = model.config.get_text_config().num_hidden_layers
+    for module in model.base_model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return tuple(names[id(layer)] for layer in module)
     return ()
@@ -94,12 +102,7 @@ def check_head(anatomy: Anatomy, device: torch.device) -> None:
     Under ZeRO-3 all ranks call it together. Raises ConfigError when they differ: the model does something to
     its logits that the fused loss would not know of.
     """
-    vocab = (
-        anatomy.head.weight.ds_shape[0]
-        if hasattr(anatomy.head.weight, "ds_shape")
-        else anatomy.head.weight.shape[0]
-    )
-    ids = (torch.arange(8, device=device) * 7 % vocab)[None]
+    ids = (torch.arange(8, device=device) * 7 % anatomy.vocab_size)[None]
     expected = anatomy.model(input_ids=ids, use_cache=False).logits
     hidden: Tensor = anatomy.body(input_ids=ids, use_cache=False).last_hidden_state
     actual = anatomy.transform(anatomy.head(hidden).to(torch.float64))
@@ -107,6 +110,6 @@ def check_head(anatomy: Anatomy, device: torch.device) -> None:
     tolerance = 4 * torch.finfo(expected.dtype).eps * max(1.0, expected.abs().max().item())
     if not error <= tolerance:
         raise ConfigError(
-            f"model: {type(anatomy.model).__name__} changes its logits behind the LM head in a way that is not "
-            f"known (largest difference {error:.3g}); its gradients cannot be read"
+            f"model: {type(anatomy.model).__name__} changes its logits behind the LM head in a way that is "
+            f"not known (largest difference {error:.3g}); its gradients cannot be read"
         )

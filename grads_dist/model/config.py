@@ -20,7 +20,7 @@ class ModelConfig:
     """Type of the weights while probing; auto is bfloat16 on CUDA and float32 on CPU."""
 
     attn_implementation: str | None = None
-    """Attention implementation of transformers (eager, sdpa, flash_attention_2, ...); its default if unset."""
+    """Attention implementation of transformers (eager, sdpa, flash_attention_2); its default if unset."""
 
     trust_remote_code: bool = False
     """Run Python code that the model repository brings along. Leave it off for models you do not trust."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from grads_dist.errors import ConfigError
 from grads_dist.model.config import ModelConfig
@@ -26,7 +26,9 @@ def model_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def load_model(config: ModelConfig, device: torch.device, zero3: dict[str, Any] | None = None) -> nn.Module:
+def load_model(
+    config: ModelConfig, device: torch.device, zero3: dict[str, Any] | None = None
+) -> PreTrainedModel:
     """Load the model for probing: on `device`, without dropout, with gradient checkpointing as configured.
 
     Args:
@@ -78,10 +80,8 @@ def load_text_config(config: ModelConfig) -> PretrainedConfig:
 def _unloadable(config: ModelConfig, error: BaseException) -> str:
     if Path(str(config.name_or_path)).is_dir():
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return f"model.name_or_path: {config.name_or_path!r} cannot be loaded as a causal language model: {reason}"
-    return (
-        f"model.name_or_path: {config.name_or_path!r} is neither a model folder nor a hub model within reach"
-    )
+        return f"model.name_or_path: {config.name_or_path!r} is no loadable causal language model: {reason}"
+    return f"model.name_or_path: {config.name_or_path!r} is neither a folder nor a hub model within reach"
 
 
 @contextmanager

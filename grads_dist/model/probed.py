@@ -60,10 +60,8 @@ class ProbedModel(nn.Module):
         self.head_result: HeadResult | None = None
         self.features: Tensor | None = None
         self._anatomy = [anatomy]  # in a list: its modules are children of causal_lm already
-        weight = anatomy.head.weight
-        vocab = (weight.ds_shape if hasattr(weight, "ds_shape") else weight.shape)[0]  # type: ignore[union-attr]
-        element = 8 if weight.dtype == torch.float64 else 4
-        self._chunk_positions = max(1, head_chunk_bytes // (element * int(vocab)))
+        element = 8 if anatomy.head.weight.dtype == torch.float64 else 4
+        self._chunk_positions = max(1, head_chunk_bytes // (element * anatomy.vocab_size))
 
     @property
     def anatomy(self) -> Anatomy:
@@ -75,7 +73,7 @@ class ProbedModel(nn.Module):
 
         ZeRO-3 gathers a weight for as long as its module's own forward runs, so the loss must run in there.
         """
-        self.anatomy.head.forward = self._head_forward  # type: ignore[method-assign]
+        self.anatomy.head.forward = self._head_forward  # type: ignore[assignment, method-assign]
 
     def forward(
         self, batch: Batch, record: bool = False, feature_tokens: str | None = None, loss: bool = True
@@ -108,7 +106,7 @@ class ProbedModel(nn.Module):
     def _request(self, batch: Batch, record: bool) -> HeadRequest:
         kept_ids = None
         if record and self.recorder is not None and self.recorder.needs_tied:
-            kept_ids = distinct_ids(batch.input_ids, batch.layout, self.anatomy.embedding.padding_idx)  # type: ignore[arg-type]
+            kept_ids = distinct_ids(batch.input_ids, batch.layout, self.anatomy.embedding.padding_idx)
         return HeadRequest(
             segments=Segments(batch.num_label_tokens),
             sample_weights=batch.weights,

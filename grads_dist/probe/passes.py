@@ -75,7 +75,7 @@ def feature_pass(work: Work, plan: Plan) -> None:
 
 
 def frozen_pass(work: Work, plan: Plan, step: int, prefix: str = "") -> None:
-    """Statistics (and features, if they are wanted of this pass) of all rows of the plan, without an update."""
+    """Statistics of all rows of the plan without an update, and features where this pass yields them."""
     progress = _progress(work, "probe", plan)
     feature_tokens = work.config.feature_tokens if work.features is not None else None
     for unit, batch, ends_unit in _unit_batches(work, plan):
@@ -142,7 +142,7 @@ def _step_batches(work: Work, plan: Plan, step: int) -> Iterator[tuple[Batch, bo
 
 
 def _sample_weights(work: Work, rows: np.ndarray) -> np.ndarray:
-    """Weight of each row's loss in its step; DeepSpeed's mean over ranks is undone by the factor world size."""
+    """Weight of each row's loss in its step; the factor world size undoes DeepSpeed's mean over ranks."""
     if work.config.objective == "token_mean":
         labels = work.store.num_label_tokens[rows].astype(np.float64)
         return work.world_size * labels / labels.sum()

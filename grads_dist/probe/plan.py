@@ -1,8 +1,8 @@
 """The order in which rows are processed, computed once and the same for any number of ranks.
 
-A plan is three flat arrays, so that 10^8 rows cost 800 MB and no Python objects: the rows in processing order,
-cut into micro-batches, the micro-batches cut into groups. In train mode a group is an optimizer step; in
-frozen mode it is a unit of work whose rows become one shard.
+A plan is three flat arrays, so that 10^8 rows cost 800 MB and no Python objects: the rows in processing
+order, cut into micro-batches, the micro-batches cut into groups. In train mode a group is an optimizer step;
+in frozen mode it is a unit of work whose rows become one shard.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def train_plan(
 
 
 def frozen_plan(num_tokens: np.ndarray, rows: np.ndarray, shard_rows: int, batch_tokens: int) -> Plan:
-    """Units of about `shard_rows` rows of similar length, from `rows` (ascending) and the lengths of all rows."""
+    """Units of about `shard_rows` rows of similar length, out of `rows` (ascending)."""
     window = np.arange(len(rows)) // (shard_rows * WINDOW_SHARDS)
     order = rows[np.lexsort((rows, -num_tokens[rows], window))]
     boundaries = np.append(np.arange(0, len(order), shard_rows), len(order))

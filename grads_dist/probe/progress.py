@@ -1,4 +1,4 @@
-"""What a rank has done so far: running statistics, a progress bar on a terminal, a plain line a minute elsewhere."""
+"""What a rank has done so far: running statistics, shown as a bar on a terminal, else as a line a minute."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class RunningStats:
         self._kept = np.append(self._kept, values[:room])
         late = values[room:] if room > 0 else values
         if len(late):
-            # Vitter's algorithm R: the j-th value of the stream replaces a random slot with probability R / j.
+            # Vitter's algorithm R: the j-th value replaces a random slot with probability R / j.
             positions = self.count + (len(values) - len(late)) + 1 + np.arange(len(late))
             slots = (self._rng.random(len(late)) * positions).astype(np.int64)
             hit = slots < RESERVOIR

@@ -86,7 +86,7 @@ class Session:
         return self.model.features
 
     def measure(self, batch: Batch, feature_tokens: str | None = None) -> Measurement:
-        """Statistics at the present weights, without a weight gradient; no backward pass where none is needed."""
+        """Statistics at the present weights; no weight gradient, and no backward pass unless needed."""
         backward = self.recorder.needs_backward
         mode: AbstractContextManager = nullcontext() if backward else torch.no_grad()
         with mode, self.recorder.batch(batch.layout):

@@ -21,13 +21,13 @@ class _Capture(torch.autograd.Function):
     """Identity whose backward hands (input, output gradient) to a sink."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, layer_input: Tensor, sink: Sink) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, output: Tensor, layer_input: Tensor, sink: Sink) -> Tensor:
         ctx.save_for_backward(layer_input)
         ctx.sink = sink
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (layer_input,) = ctx.saved_tensors
         with torch.no_grad():
             ctx.sink(layer_input, grad)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,8 +18,8 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx,
+    def forward(
+        ctx: Any,
         hidden_MD: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
@@ -25,6 +27,7 @@ class HeadLoss(torch.autograd.Function):
         request: HeadRequest,
         result: HeadResult,
     ) -> Tensor:
+        """All chunks: losses, statistics, and the gradients by the weighted total."""
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         pass_ = HeadPass(hidden_MD, weight_VD, bias_V, targets_M, request, result)
         pass_.allocate(need_hidden, need_weight, need_bias)
@@ -37,7 +40,8 @@ class HeadLoss(torch.autograd.Function):
         return total.to(result.losses.dtype)
 
     @staticmethod
-    def backward(ctx, grad_total: Tensor):  # type: ignore[no-untyped-def, override]
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        """The finished gradients, times the one at the total."""
         ctx.result.factors = ctx.sample_weights * grad_total.double()
         grads = [
             None if g is None else (g * grad_total).to(dtype)

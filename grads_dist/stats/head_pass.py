@@ -113,12 +113,15 @@ class HeadPass:
         self.hidden, self.weight, self.bias, self.targets = hidden_MD, weight_VD, bias_V, targets_M
         self.request, self.result = request, result
         self.dtype = accumulation_dtype(hidden_MD.dtype)
-        self.grad_hidden = self.grad_weight = self.grad_bias = None
+        self.grad_hidden: Tensor | None = None
+        self.grad_weight: Tensor | None = None
+        self.grad_bias: Tensor | None = None
         num_samples = len(request.segments)
         result.losses = torch.zeros(num_samples, dtype=self.dtype, device=hidden_MD.device)
         result.el2n = torch.zeros_like(result.losses)
 
     def allocate(self, need_hidden: bool, need_weight: bool, need_bias: bool) -> None:
+        """Make room for the gradients that autograd asks for."""
         if need_hidden:
             self.grad_hidden = torch.zeros_like(self.hidden, dtype=self.dtype)
         if need_weight:

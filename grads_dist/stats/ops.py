@@ -85,12 +85,12 @@ def dense_row_stats(g_SD: Tensor) -> Statistics:
 class EmbeddingRows:
     """The touched rows of S embedding gradients.
 
-    `rows_UD` are the summed gradients of distinct (sample, token) pairs in ascending order, `ids_U` their
-    token ids, `segments` how many pairs each sample has.
+    `rows` [U, D] are the summed gradients of distinct (sample, token) pairs in ascending order, `ids` [U]
+    their token ids, `segments` how many pairs each sample has.
     """
 
-    rows_UD: Tensor
-    ids_U: Tensor
+    rows: Tensor
+    ids: Tensor
     segments: Segments
 
 
@@ -118,8 +118,8 @@ def embedding_rows(
 
 def embedding_stats(rows: EmbeddingRows, num_embeddings: int) -> Statistics:
     """Statistics of embedding gradients [V, D] from their touched rows; absent rows count as zeros."""
-    stats = ragged_row_stats(rows.rows_UD, rows.segments)
-    touched = rows.segments.lengths_tensor(rows.rows_UD.device)
+    stats = ragged_row_stats(rows.rows, rows.segments)
+    touched = rows.segments.lengths_tensor(rows.rows.device)
     return stats.with_zeros(touched < num_embeddings)
 
 

@@ -1,4 +1,4 @@
-"""Collects the statistics of all targets over one micro-batch: hooks on layers, results of the head's pass."""
+"""Collects the statistics of all targets over one micro-batch, from hooks and from the head's pass."""
 
 from __future__ import annotations
 
@@ -152,14 +152,14 @@ class Recorder:
     def _tied_statistics(self, embedding: ops.EmbeddingRows, head: HeadResult) -> Statistics:
         """Statistics of E + D: the head's other rows, and its kept rows with the embedding's added."""
         assert head.rest_stats is not None and head.factors is not None
-        inverse = (1 / head.factors).to(embedding.rows_UD.dtype)
-        sample_U = embedding.segments.sample_of_row(embedding.rows_UD.device)
-        sums = torch.cat(head.kept_rows) + embedding.rows_UD * inverse[sample_U][:, None]
+        inverse = (1 / head.factors).to(embedding.rows.dtype)
+        sample_U = embedding.segments.sample_of_row(embedding.rows.device)
+        sums = torch.cat(head.kept_rows) + embedding.rows * inverse[sample_U][:, None]
         return head.rest_stats.merge(ops.ragged_row_stats(sums, embedding.segments))
 
 
 def distinct_ids(ids_ST: Tensor, layout: BatchLayout, padding_idx: int | None) -> tuple[Tensor, ...]:
-    """Each sample's sorted distinct token ids without `padding_idx`: the rows its embedding gradient touches."""
+    """Each sample's sorted distinct token ids but `padding_idx`: the rows its embedding gradient touches."""
     kept = []
     for row, length in zip(ids_ST, layout.segments.lengths, strict=True):
         ids = torch.unique(row[:length])

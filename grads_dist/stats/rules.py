@@ -14,6 +14,7 @@ The LM head is not here: its statistics come out of the loss (head.py).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +100,7 @@ def check_rms_norm(module: nn.Module, a: Tensor, output: Tensor) -> bool:
     """Whether `output` is xhat * w or xhat * (1 + w), so that `rms_norm` holds for this class."""
     # Compared in float32: the models form their norms in it whatever their type.
     normalised = rms_normalised(module, a).float()
-    weight = module.weight.float()  # type: ignore[union-attr, operator]
+    weight = cast(Tensor, module.weight).float()
     scale = output.float().abs().max()
     errors = [(normalised * gain - output.float()).abs().max() for gain in (weight, 1 + weight)]
     return bool(min(errors) <= 8 * max(torch.finfo(a.dtype).eps, torch.finfo(torch.float32).eps) * scale)

@@ -38,8 +38,8 @@ class Targets:
 def resolve_targets(wanted: Sequence[str] | Mapping[str, str], anatomy: Anatomy) -> Targets:
     """Resolve `probe.targets` against a model.
 
-    Raises ConfigError for an unknown name, a pattern that matches nothing, a parameter whose layer type has no
-    rule, or a parameter that several layers share.
+    Raises ConfigError for an unknown name, a pattern that matches nothing, a parameter whose layer type has
+    no rule, or a parameter that several layers share.
     """
     sizes = _parameter_sizes(anatomy)
     if isinstance(wanted, Mapping):
@@ -84,7 +84,7 @@ def _builtin(name: str, sizes: dict[str, int], anatomy: Anatomy) -> dict[str, li
     if name == "linear":
         return {module: under(module) for module in _linear_modules(anatomy)}
     raise ConfigError(
-        f"probe.targets: {name!r} is not known; allowed: {', '.join(NAMES)}, or a map from a name to a pattern"
+        f"probe.targets: {name!r} is not known; allowed: {', '.join(NAMES)}, or a map from names to patterns"
     )
 
 

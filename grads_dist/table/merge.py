@@ -31,7 +31,7 @@ def merge_scores(rundir: RunDir, expected_index: np.ndarray) -> int:
 
 
 def merge_features(rundir: RunDir, name: str, expected_index: np.ndarray) -> None:
-    """Write features/<name>.npy, row k belonging to row k of the score table; one shard in memory at a time."""
+    """Write features/<name>.npy, row k for row k of the score table, with one shard in memory at a time."""
     folder = rundir.features_dir(name)
     paths = sorted(p for p in folder.glob("shard-*.npy") if not p.name.endswith(".index.npy"))
     indices = [np.load(_index_of(path), allow_pickle=False) for path in paths]

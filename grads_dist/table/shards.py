@@ -49,7 +49,7 @@ class ScoreShards:
             return np.mean([np.log(columns[f"{target}.norm"]) for target in stats], axis=0)
 
     def flush(self, name: str) -> None:
-        """Write what was added since the last flush as `shard-<name>.parquet`; nothing if there is nothing."""
+        """Write what was added since the last flush as `shard-<name>.parquet`, if anything was."""
         if not self._parts:
             return
         columns = {key: np.concatenate([part[key] for part in self._parts]) for key in self._parts[0]}
