@@ -17,12 +17,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from grads_dist.stats.ops import accumulation_dtype, dense_row_stats, outer_product_stats, ragged_row_stats
+from grads_dist.stats.ops import (
+    BatchGradient,
+    accumulation_dtype,
+    dense_row_stats,
+    outer_product_stats,
+    ragged_row_stats,
+)
 from grads_dist.stats.segments import Segments
 from grads_dist.stats.statistics import Statistics
 
-VOCAB_BLOCK = 8192
-"""Vocabulary rows of one sample's head gradient that exist at a time."""
+BLOCK_BYTES = {"cpu": 1 << 20}
+"""Size of the block of one sample's head gradient that exists at a time: on CPU it stays in the cache."""
+DEFAULT_BLOCK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,17 @@ class HeadPass:
         result.losses = torch.zeros(num_samples, dtype=self.dtype, device=hidden_MD.device)
         result.el2n = torch.zeros_like(result.losses)
 
+    @property
+    def shares_products(self) -> bool:
+        """Whether the head's weight gradient is summed from the products that the statistics are taken of."""
+        return self.request.with_stats and self.request.kept_ids is None
+
+    @property
+    def block_rows(self) -> int:
+        """Vocabulary rows of one block of a sample's gradient."""
+        size = BLOCK_BYTES.get(self.hidden.device.type, DEFAULT_BLOCK_BYTES)
+        return max(1, size // (self.hidden.shape[1] * self.dtype.itemsize))
+
     def allocate(self, need_hidden: bool, need_weight: bool, need_bias: bool) -> None:
         """Make room for the gradients that autograd asks for."""
         if need_hidden:
@@ -186,7 +204,9 @@ class _ChunkSums:
         num_labels = self.segments.lengths_tensor(pass_.hidden.device)
         weights = pass_.request.sample_weights[samples.start : samples.stop]
         self.inverse_n = 1 / num_labels.double()
-        self.weight_m = (weights * self.inverse_n).to(pass_.dtype)[self.sample_m]
+        scaled = weights * self.inverse_n
+        self.weights = tuple(scaled.tolist())
+        self.weight_m = scaled.to(pass_.dtype)[self.sample_m]
         empty = Statistics.empty(len(self.segments), pass_.hidden.device)
         self.stats, self.rest, self.bias_stats = empty, empty, empty
         self.kept_rows: list[list[Tensor]] = [[] for _ in samples]
@@ -217,7 +237,7 @@ class _ChunkSums:
         if p.grad_hidden is not None:
             wide = (d_mv.to(p.weight.dtype) @ p.weight[rows]).to(p.dtype)
             p.grad_hidden[self.positions] += wide.mul_(self.weight_m[:, None])
-        if p.grad_weight is not None:
+        if p.grad_weight is not None and not p.shares_products:
             p.grad_weight[rows].addmm_(d_mv.t(), self.hidden * self.weight_m[:, None])
         if p.grad_bias is not None:
             p.grad_bias[rows] += self.weight_m @ d_mv
@@ -228,14 +248,19 @@ class _ChunkSums:
                 d_mv, "sum", lengths=self.segments.lengths_tensor(d_mv.device), axis=0
             )
             self.bias_stats = self.bias_stats.merge(dense_row_stats(bias_gradient))
-        for start in range(rows.start, rows.stop, VOCAB_BLOCK):
-            block = slice(start, min(start + VOCAB_BLOCK, rows.stop))
+        step = self.p.block_rows
+        for start in range(rows.start, rows.stop, step):
+            block = slice(start, min(start + step, rows.stop))
             columns = slice(block.start - rows.start, block.stop - rows.start)
             self._add_block_stats(block, d_mv[:, columns])
 
     def _add_block_stats(self, block: slice, d_mv: Tensor) -> None:
         if self.p.request.kept_ids is None:
-            self.stats = self.stats.merge(outer_product_stats(d_mv, self.hidden, self.segments))
+            gradient = None
+            if self.p.grad_weight is not None:
+                gradient = BatchGradient(self.p.grad_weight[block], self.weights)
+            found = outer_product_stats(d_mv, self.hidden, self.segments, gradient)
+            self.stats = self.stats.merge(found)
             return
         rest, kept = [], []
         for i, sample in enumerate(self.samples):

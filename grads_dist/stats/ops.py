@@ -24,13 +24,27 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def outer_product_stats(b_NP: Tensor, a_ND: Tensor, segments: Segments) -> Statistics:
+@dataclass(frozen=True)
+class BatchGradient:
+    """Where the weighted sum of the samples' gradients goes, from the products formed for the statistics.
+
+    `total` [P, D] gets sum_s weights[s] G_s added; `weights` has one number a sample.
+    """
+
+    total: Tensor
+    weights: tuple[float, ...]
+
+
+def outer_product_stats(
+    b_NP: Tensor, a_ND: Tensor, segments: Segments, batch_gradient: BatchGradient | None = None
+) -> Statistics:
     """Statistics of G_s = B_s^T A_s for every sample s, the gradient of a linear weight [P, D].
 
     Args:
         b_NP: gradient at the layer's output, packed.
         a_ND: the layer's input, packed.
         segments: rows of each sample; an empty sample has a zero gradient.
+        batch_gradient: if given, also gets the samples' gradients added.
 
     One G_s exists at a time, in one scratch buffer. The sum uses its rank-1 form
     sum_t (sum_j b_tj) (sum_k a_tk).
@@ -45,6 +59,8 @@ def outer_product_stats(b_NP: Tensor, a_ND: Tensor, segments: Segments) -> Stati
     sumsq, low, high = [], [], []
     for sample in range(len(segments)):
         g_PD = gradient_of(sample)
+        if batch_gradient is not None:
+            batch_gradient.total.add_(g_PD, alpha=batch_gradient.weights[sample])
         minmax = torch.aminmax(g_PD)
         sumsq.append(_row_sumsq(g_PD).sum())
         low.append(minmax.min)
