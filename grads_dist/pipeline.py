@@ -10,20 +10,28 @@ import subprocess
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grads_dist.config import Config, save_config
 from grads_dist.data.config import DataConfig
 from grads_dist.data.corpus import Corpus
-from grads_dist.errors import DataError
+from grads_dist.errors import ConfigError, DataError
 from grads_dist.runtime import logs
 from grads_dist.runtime.launcher import detect
 from grads_dist.runtime.rundir import RunDir, atomic_write
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
 """Version of the run directory's layout."""
+
+BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+REJECTED_SHARE = 0.01
+"""Share of rejected rows above which a warning says so."""
 
 PACKAGES = (
     "grads-dist",
@@ -56,7 +64,7 @@ def probe(config: Config, overwrite: bool = False) -> str:
 
     ranks = Ranks.start(detect())
     rundir = RunDir(Path(config.output_dir))
-    fingerprint, tokens = ranks.on_main(lambda: _prepare(config, rundir, overwrite))
+    fingerprint, tokens = ranks.on_main(lambda: _prepare(config, rundir, overwrite, ranks.device))
     logs.log_to_file(rundir.logs_dir, ranks.rank)
     store = TokenStore.open(tokens)
     manifest = run_probe(config, ranks, rundir, store)
@@ -70,8 +78,15 @@ def probe(config: Config, overwrite: bool = False) -> str:
             rundir.environment, _environment(ranks.world_size, str(ranks.device), ranks.placement.launcher)
         )
         _write_json(rundir.manifest, {**_identity(config, fingerprint), **manifest})
-        rejected, truncated = store.num_rejected, store.num_truncated
-        return f"probed {num_rows} rows ({rejected} rejected, {truncated} truncated): {rundir.scores}"
+        nonfinite = manifest["nonfinite_rows"]
+        if nonfinite:
+            log.warning(
+                "%d rows have a loss or gradient that is not finite; they cannot be selected", nonfinite
+            )
+        return (
+            f"probed {num_rows} rows ({store.num_rejected} rejected, {store.num_truncated} truncated, "
+            f"{nonfinite} not finite): {rundir.scores}"
+        )
 
     return ranks.on_main(merge)
 
@@ -100,7 +115,7 @@ def _check_corpus(rundir: RunDir, corpus: Corpus) -> None:
         )
 
 
-def _prepare(config: Config, rundir: RunDir, overwrite: bool) -> tuple[str, Path]:
+def _prepare(config: Config, rundir: RunDir, overwrite: bool, device: torch.device) -> tuple[str, Path]:
     """What rank 0 does before any rank probes: checks, the run directory, tokens, rejected.jsonl.
 
     Returns the corpus' fingerprint and the folder of the tokens.
@@ -110,6 +125,7 @@ def _prepare(config: Config, rundir: RunDir, overwrite: bool) -> tuple[str, Path
     from grads_dist.model.load import load_text_config
 
     text_config = load_text_config(config.model)
+    _check_before_work(config, device)
     data = _within_context(config.data, text_config)
     corpus = Corpus.open(data)
     rundir.create(overwrite)
@@ -117,15 +133,45 @@ def _prepare(config: Config, rundir: RunDir, overwrite: bool) -> tuple[str, Path
     model = config.model
     source = TokenizerSource(str(model.name_or_path), model.revision, model.trust_remote_code)
     store = tokenize(data, corpus, source, vocab_size=text_config.vocab_size)
+    if store.num_rejected > REJECTED_SHARE * corpus.num_rows:
+        log.warning("%d of %d rows are rejected: see rejected.jsonl", store.num_rejected, corpus.num_rows)
     with atomic_write(rundir.rejected) as path, path.open("w", encoding="utf-8") as lines:
         for index, reason in store.iter_rejected():
             lines.write(json.dumps({"index": index, "reason": reason}, ensure_ascii=False) + "\n")
     return corpus.fingerprint, store.path
 
 
+def _check_before_work(config: Config, device: torch.device) -> None:
+    """Find what would fail later in the DeepSpeed file, the model's type or the targets.
+
+    An earlier run in the directory is removed only after this.
+    """
+    from grads_dist.model.anatomy import dissect
+    from grads_dist.model.load import build_on_meta
+    from grads_dist.probe.zero import (
+        check_supported,
+        load_deepspeed_config,
+        probe_dtype,
+        zero_stage,
+    )
+    from grads_dist.stats.targets import resolve_targets
+
+    deepspeed_config = load_deepspeed_config(config.deepspeed)
+    dtype = probe_dtype(config.model, deepspeed_config, device)
+    check_supported(config.probe, dtype, zero_stage(deepspeed_config), device)
+    resolve_targets(config.probe.targets, dissect(build_on_meta(config.model)))
+
+
 def _within_context(data: DataConfig, text_config: Any) -> DataConfig:
     """Cut rows at the model's context, where it has learned positions or was trained with no more."""
     context = getattr(text_config, "max_position_embeddings", None)
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings")
+    if rope.get("rope_type") in BATCH_DEPENDENT_ROPE and original and data.max_length > original:
+        raise ConfigError(
+            f"data.max_length: {data.max_length} is beyond {original}, where {rope['rope_type']} positions "
+            f"depend on the longest row of a batch; allowed: at most {original}"
+        )
     if context is None or data.max_length <= context:
         return data
     log.info("data.max_length %d is beyond the model's context; rows are cut at %d", data.max_length, context)
@@ -161,12 +207,17 @@ def _environment(world_size: int, device: str, launcher: str) -> dict[str, Any]:
 
 def _git_commit() -> str | None:
     """The commit of the checkout that this package runs from; None for an installed one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    folder, name = str(Path(__file__).parent), Path(__file__).name
+
+    def git(*args: str) -> str | None:
+        done = subprocess.run(["git", "-C", folder, *args], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        # An environment inside some other checkout is not tracked there.
+        return git("rev-parse", "HEAD") if git("ls-files", "--error-unmatch", name) else None
     except FileNotFoundError:
         return None
-    return done.stdout.strip() or None
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

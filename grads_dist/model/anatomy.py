@@ -46,6 +46,13 @@ class Anatomy:
         return int(getattr(weight, "ds_shape", weight.shape)[0])
 
     @property
+    def head_counts(self) -> frozenset[int]:
+        """Numbers of attention heads: sizes that a token axis must not be mistaken for."""
+        config = self.model.config.get_text_config()
+        names = ("num_attention_heads", "num_key_value_heads")
+        return frozenset(n for name in names if (n := getattr(config, name, None)) is not None)
+
+    @property
     def embedding_dim(self) -> int:
         """D, the size of a hidden state as the body returns it."""
         return self.head.in_features
@@ -81,9 +88,15 @@ def _decoder_layers(model: PreTrainedModel, names: dict[int, str]) -> tuple[str,
     """Names of the decoder layers: the outermost module list with one module a hidden layer."""
     depth = model.config.get_text_config().num_hidden_layers
     for module in model.base_model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
+        if isinstance(module, nn.ModuleList) and len(module) == depth and _is_layer(model, module[0]):
             return tuple(names[id(layer)] for layer in module)
     return ()
+
+
+def _is_layer(model: PreTrainedModel, module: nn.Module) -> bool:
+    """Whether a module is a decoder layer, by the class names that the model keeps for splitting it."""
+    names = model._no_split_modules
+    return not names or type(module).__name__ in names
 
 
 def _logit_transform(config: object) -> LogitTransform:
@@ -99,17 +112,28 @@ def _logit_transform(config: object) -> LogitTransform:
 def check_head(anatomy: Anatomy, device: torch.device) -> None:
     """Compare the model's own logits with body, head and transform on a few tokens.
 
-    Under ZeRO-3 all ranks call it together. Raises ConfigError when they differ: the model does something to
-    its logits that the fused loss would not know of.
+    Under ZeRO-3 all ranks call it together. Raises ConfigError when the model is not causal (padding on the
+    right must not be seen), when its forward pass is random, or when it does something to its logits that the
+    fused loss would not know of.
     """
-    ids = (torch.arange(8, device=device) * 7 % anatomy.vocab_size)[None]
-    expected = anatomy.model(input_ids=ids, use_cache=False).logits
+    kind = type(anatomy.model).__name__
+    ids = (torch.arange(8, device=device) * 7 % anatomy.vocab_size).repeat(2, 1)
+    ids[1, -1] = (ids[1, -1] + 1) % anatomy.vocab_size
+    expected, again = (anatomy.model(input_ids=ids, use_cache=False).logits.double() for _ in range(2))
+    eps = torch.finfo(anatomy.head.weight.dtype).eps
+    tolerance = 4 * max(eps, torch.finfo(torch.float32).eps) * max(1.0, expected.abs().max().item())
+
+    def differ(x: Tensor, y: Tensor) -> bool:
+        return not (x - y).abs().max().item() <= tolerance
+
+    if differ(expected, again):
+        raise ConfigError(f"model: {kind} gives different logits for the same tokens; switch its noise off")
+    if differ(expected[0, :-1], expected[1, :-1]):
+        raise ConfigError(f"model: {kind} is no causal language model: early logits depend on later tokens")
     hidden: Tensor = anatomy.body(input_ids=ids, use_cache=False).last_hidden_state
-    actual = anatomy.transform(anatomy.head(hidden).to(torch.float64))
-    error = (actual - expected.to(torch.float64)).abs().max().item()
-    tolerance = 4 * torch.finfo(expected.dtype).eps * max(1.0, expected.abs().max().item())
-    if not error <= tolerance:
+    actual = anatomy.transform(anatomy.head(hidden).double())
+    if differ(actual, expected):
         raise ConfigError(
-            f"model: {type(anatomy.model).__name__} changes its logits behind the LM head in a way that is "
-            f"not known (largest difference {error:.3g}); its gradients cannot be read"
+            f"model: {kind} changes its logits behind the LM head in a way that is not known; its gradients "
+            f"cannot be read"
         )

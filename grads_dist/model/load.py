@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -17,40 +18,53 @@ from grads_dist.model.config import ModelConfig
 
 log = logging.getLogger(__name__)
 
+LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError)
+"""What transformers raises for a folder that is missing, incomplete, damaged or of another kind."""
 
-def model_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
-    """The type of the weights; `auto` is bfloat16 on CUDA and float32 elsewhere."""
-    if config.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype: torch.dtype = getattr(torch, config.dtype)
-    return dtype
+RANDOM_ATTRIBUTES = ("dropout", "pdrop", "layerdrop", "jitter_noise")
+"""Parts of the names under which models keep what makes their forward pass random."""
+
+
+def build_on_meta(config: ModelConfig) -> PreTrainedModel:
+    """The model without any weights, for checks before work is spent.
+
+    Raises ConfigError when the configuration is not that of a causal language model.
+    """
+    try:
+        loaded = _load_config(config)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(loaded, trust_remote_code=config.trust_remote_code)
+    except LOADING_ERRORS as error:
+        raise ConfigError(_unloadable(config, error)) from error
 
 
 def load_model(
-    config: ModelConfig, device: torch.device, zero3: dict[str, Any] | None = None
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, zero3: dict[str, Any] | None = None
 ) -> PreTrainedModel:
     """Load the model for probing: on `device`, without dropout, with gradient checkpointing as configured.
 
     Args:
         config: which model, and how.
+        dtype: type of its weights.
         device: where its weights live; under ZeRO-3 DeepSpeed places them.
         zero3: the DeepSpeed configuration when the weights are sharded while loading, so that no rank ever
             holds the whole model.
 
     Raises ConfigError when there is no such model or it cannot be loaded.
     """
-    dtype = model_dtype(config, device)
     try:
-        with _sharded(zero3, dtype):
-            model = AutoModelForCausalLM.from_pretrained(
+        with _sharded(zero3):
+            model, loading = AutoModelForCausalLM.from_pretrained(
                 config.name_or_path,
                 revision=config.revision or "main",
                 dtype=dtype,
                 attn_implementation=config.attn_implementation,
                 trust_remote_code=config.trust_remote_code,
+                output_loading_info=True,
             )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except LOADING_ERRORS as error:
         raise ConfigError(_unloadable(config, error)) from error
+    _check_complete(config, loading)
     log.info(
         "model %s: %s weights, attention %s", type(model).__name__, dtype, model.config._attn_implementation
     )
@@ -67,14 +81,28 @@ def load_text_config(config: ModelConfig) -> PretrainedConfig:
     Raises ConfigError when there is no such model.
     """
     try:
-        loaded = AutoConfig.from_pretrained(
-            config.name_or_path,
-            revision=config.revision or "main",
-            trust_remote_code=config.trust_remote_code,
-        )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+        return _load_config(config).get_text_config()
+    except LOADING_ERRORS as error:
         raise ConfigError(_unloadable(config, error)) from error
-    return loaded.get_text_config()
+
+
+def _load_config(config: ModelConfig) -> PretrainedConfig:
+    return AutoConfig.from_pretrained(
+        config.name_or_path,
+        revision=config.revision or "main",
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def _check_complete(config: ModelConfig, loading: dict[str, Any]) -> None:
+    """Refuse a checkpoint that lacks weights: transformers would probe random ones in their place."""
+    for key in ("missing_keys", "mismatched_keys"):
+        names = sorted(str(name) for name in loading.get(key) or ())
+        if names:
+            raise ConfigError(
+                f"model.name_or_path: {config.name_or_path!r} lacks {names[0]} ({len(names)} such weights); "
+                f"a complete causal language model is needed"
+            )
 
 
 def _unloadable(config: ModelConfig, error: BaseException) -> str:
@@ -85,7 +113,7 @@ def _unloadable(config: ModelConfig, error: BaseException) -> str:
 
 
 @contextmanager
-def _sharded(zero3: dict[str, Any] | None, dtype: torch.dtype) -> Iterator[None]:
+def _sharded(zero3: dict[str, Any] | None) -> Iterator[None]:
     """Make transformers build and load the model under zero.Init while inside."""
     if zero3 is None:
         yield
@@ -100,23 +128,30 @@ def _sharded(zero3: dict[str, Any] | None, dtype: torch.dtype) -> Iterator[None]
         del marker
 
 
-def disable_dropout(model: nn.Module) -> None:
-    """Put the model in training mode with every dropout at 0.
+def disable_dropout(model: PreTrainedModel) -> None:
+    """Put the model in training mode with every dropout and routing noise at 0.
 
-    Training mode because gradient checkpointing works in no other; dropout would make the statistics random.
+    Training mode because gradient checkpointing works in no other; noise would make the statistics random.
     """
     model.train()
-    changed = set()
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and module.p:
-            module.p = 0.0
-            changed.add(name)
-        for attribute, value in vars(module).items():
-            if "dropout" in attribute and isinstance(value, float) and value:
-                setattr(module, attribute, 0.0)
-                changed.add(name)
+    owners: list[Any] = [*model.modules(), model.config, model.config.get_text_config()]
+    changed = sum([_silence(owner) for owner in owners])
     if changed:
-        log.info("dropout set to 0 while probing, in %d modules", len(changed))
+        log.info("dropout set to 0 while probing, in %d places", changed)
+
+
+def _silence(owner: Any) -> int:
+    """Set what makes `owner` random to 0; returns how many attributes that were."""
+    names = [name for name in vars(owner) if any(part in name for part in RANDOM_ATTRIBUTES)]
+    if isinstance(owner, nn.Dropout):
+        names.append("p")
+    changed = 0
+    for name in names:
+        value = getattr(owner, name)
+        if isinstance(value, float) and value:
+            setattr(owner, name, 0.0)
+            changed += 1
+    return changed
 
 
 def _set_checkpointing(model: nn.Module, config: ModelConfig) -> None:

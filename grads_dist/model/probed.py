@@ -127,4 +127,6 @@ def _content(hidden_STD: Tensor, batch: Batch, tokens: str) -> Tensor:
     """Mean last hidden state over the tokens that carry loss (or over all real tokens), float32 [S, D]."""
     mask = batch.loss_mask if tokens == "label" else batch.token_mask
     weights = mask / mask.sum(1, keepdim=True)
-    return torch.einsum("std,st->sd", hidden_STD.float(), weights.float())
+    # What lies at padded positions may be anything, and 0 times NaN is NaN.
+    hidden_STD = hidden_STD.float().masked_fill(~mask[:, :, None], 0)
+    return torch.einsum("std,st->sd", hidden_STD, weights.float())

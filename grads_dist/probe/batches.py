@@ -15,8 +15,6 @@ from grads_dist.stats.segments import BatchLayout
 class TokenSource(Protocol):
     """What a batch is made from; `grads_dist.data.store.TokenStore` is one."""
 
-    pad_token_id: int
-
     def tokens(self, i: int) -> np.ndarray:
         """Token ids of row i, int32 [T_i]."""
         ...
@@ -26,17 +24,30 @@ class TokenSource(Protocol):
         ...
 
 
+PAD_ID = 0
+"""What stands at padded positions, where no real token looks: any id of the vocabulary will do."""
+
+
 def collate(
     source: TokenSource,
     rows: Sequence[int] | np.ndarray,
     weights: Sequence[float] | np.ndarray,
     device: torch.device,
+    avoid: frozenset[int] = frozenset(),
 ) -> Batch:
-    """The batch of the given rows, each loss multiplied by its weight in the batch's total."""
+    """The batch of the given rows, each loss multiplied by its weight in the batch's total.
+
+    Args:
+        avoid: padded lengths not to use, such as numbers of heads, so that axes of tokens and of heads can be
+            told apart by their size.
+    """
     tokens = [source.tokens(int(i)) for i in rows]
     lengths = tuple(len(t) for t in tokens)
-    shape = (len(tokens), max(lengths))
-    input_ids = np.full(shape, source.pad_token_id, dtype=np.int64)
+    padded = max(lengths)
+    while padded in avoid:
+        padded += 1
+    shape = (len(tokens), padded)
+    input_ids = np.full(shape, PAD_ID, dtype=np.int64)
     loss_mask = np.zeros(shape, dtype=bool)
     for s, (row, ids) in enumerate(zip(rows, tokens, strict=True)):
         input_ids[s, : lengths[s]] = ids

@@ -75,5 +75,7 @@ class ProbeConfig:
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"probe.{name}: {getattr(self, name)} is not allowed; it must be 0 or more")
+        if not 0 <= self.seed < 2**31:
+            raise ConfigError(f"probe.seed: {self.seed} is not allowed; it must lie in 0 .. {2**31 - 1}")
         if not self.targets:
             raise ConfigError("probe.targets: empty; name at least one target, e.g. [embedding, lm_head]")

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from grads_dist.data.store import TokenStore
+from grads_dist.errors import GradsDistError
 from grads_dist.model.probed import Batch
 from grads_dist.probe.batches import collate, dummy_batch
 from grads_dist.probe.config import ProbeConfig
-from grads_dist.probe.plan import Plan
+from grads_dist.probe.plan import Plan, share_units
 from grads_dist.probe.progress import Progress
 from grads_dist.probe.session import Session
 from grads_dist.table.shards import FeatureShards, ScoreShards
@@ -24,6 +25,13 @@ log = logging.getLogger(__name__)
 
 FROZEN_STEP = -1
 """`step` of rows that were probed at weights that no step of this run made."""
+
+FROZEN_WEIGHT = 1024.0
+"""Weight of a loss where nothing is updated. Any would do, as the statistics are freed of it; a power of two
+changes no bit of them, and a large one keeps small gradients of float16 models from underflowing."""
+
+MAX_NONFINITE_STEPS = 2
+"""Consecutive steps of which a rank may see nothing but non-finite rows before the run counts as diverged."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,11 @@ class Work:
     def world_size(self) -> int:
         """All ranks."""
         return self.session.ranks.world_size
+
+    def collate(self, rows: np.ndarray, weights: np.ndarray) -> Batch:
+        """The batch of the given rows of the store, on this rank's device."""
+        avoid = self.session.model.anatomy.head_counts
+        return collate(self.store, rows, weights, self.session.ranks.device, avoid)
 
 
 def content_projection(hidden_size: int, config: ProbeConfig, device: torch.device) -> Tensor | None:
@@ -100,24 +113,36 @@ def train_pass(work: Work, plan: Plan, steps: range, record: bool, first_step: i
         record: whether statistics are read.
         first_step: optimizer steps made before this plan, for the table's `step`.
     """
-    rows = sum(
-        len(plan.batch(i)) for s in steps for i in list(plan.batches_of(s))[work.rank :: work.world_size]
-    )
-    progress = Progress("train" if not record else "probe", rows, work.session.ranks.is_main)
+    rows = plan.rows_of_rank(steps, work.rank, work.world_size)
+    progress = Progress("probe" if record else "train", rows, work.session.ranks.is_main)
     _warn_of_idle_ranks(work, plan, steps)
+    diverged = 0
     for step in steps:
-        for batch, last in _step_batches(work, plan, step):
-            found = work.session.train_micro_batch(batch, last, record)
-            if not len(batch.rows):
-                continue
-            signal = None
-            if found is not None:
-                signal = work.scores.add(batch, found.head, found.stats, first_step + step)
-            progress.update(len(batch.rows), batch.layout.segments.num_rows, signal)
+        finite = _train_step(work, plan, step, record, first_step + step, progress)
+        diverged = 0 if finite else diverged + 1
+        if diverged >= MAX_NONFINITE_STEPS:
+            raise GradsDistError(
+                f"step {first_step + step}: every gradient is non-finite, for {diverged} steps; "
+                f"lower probe.learning_rate, or look at the rows of that step"
+            )
         if work.scores.num_rows >= work.config.shard_rows:
             work.scores.flush(_train_shard(first_step + step, work.rank))
     work.scores.flush(_train_shard(first_step + steps.stop, work.rank))
     progress.close()
+
+
+def _train_step(work: Work, plan: Plan, step: int, record: bool, number: int, progress: Progress) -> bool:
+    """This rank's part of one optimizer step; returns whether any of its losses and gradients is finite."""
+    finite, seen = False, False
+    for batch, last in _step_batches(work, plan, step):
+        found = work.session.train_micro_batch(batch, last, record)
+        if not len(batch.rows):
+            continue
+        signal = work.scores.add(batch, found.head, found.stats, number) if found is not None else None
+        seen = True
+        finite = finite or signal is None or bool(np.isfinite(signal).any())
+        progress.update(len(batch.rows), batch.layout.segments.num_rows, signal)
+    return finite or not seen
 
 
 def _train_shard(step: int, rank: int) -> str:
@@ -126,7 +151,6 @@ def _train_shard(step: int, rank: int) -> str:
 
 def _step_batches(work: Work, plan: Plan, step: int) -> Iterator[tuple[Batch, bool]]:
     """This rank's micro-batches of one step and whether it is the last; every rank gets equally many."""
-    device = work.session.ranks.device
     batches = plan.batches_of(step)
     weights = _sample_weights(work, plan.rows_of(step))
     start = int(plan.batch_offsets[batches.start])
@@ -135,10 +159,10 @@ def _step_batches(work: Work, plan: Plan, step: int) -> Iterator[tuple[Batch, bo
         k = batches.start + i * work.world_size + work.rank
         last = i == rounds - 1
         if k >= batches.stop:
-            yield dummy_batch(device), last
+            yield dummy_batch(work.session.ranks.device), last
             continue
         span = slice(int(plan.batch_offsets[k]) - start, int(plan.batch_offsets[k + 1]) - start)
-        yield collate(work.store, plan.batch(k), weights[span], device), last
+        yield work.collate(plan.batch(k), weights[span]), last
 
 
 def _sample_weights(work: Work, rows: np.ndarray) -> np.ndarray:
@@ -150,26 +174,25 @@ def _sample_weights(work: Work, rows: np.ndarray) -> np.ndarray:
 
 
 def _unit_batches(work: Work, plan: Plan) -> Iterator[tuple[int, Batch, bool]]:
-    """This rank's (unit, micro-batch, whether it ends the unit); where passes are collective, padded with
-    dummies so that every rank gets equally many."""
-    device = work.session.ranks.device
-    counts = [
-        sum(len(plan.batches_of(u)) for u in range(rank, plan.num_groups, work.world_size))
-        for rank in range(work.world_size)
-    ]
-    for unit in range(work.rank, plan.num_groups, work.world_size):
+    """This rank's (unit, micro-batch, whether it ends the unit).
+
+    Where passes are collective they are padded with dummies, so that every rank gets equally many.
+    """
+    shares = share_units(plan, work.store.num_tokens, work.world_size)
+    counts = [sum(len(plan.batches_of(unit)) for unit in share) for share in shares]
+    for unit in shares[work.rank]:
         batches = plan.batches_of(unit)
         for k in batches:
             rows = plan.batch(k)
-            # Any weight but 0 will do, since nothing is updated; the statistics are freed of it.
-            yield unit, collate(work.store, rows, np.ones(len(rows)), device), k == batches.stop - 1
+            yield unit, work.collate(rows, np.full(len(rows), FROZEN_WEIGHT)), k == batches.stop - 1
     if work.session.lockstep:
         for _ in range(max(counts) - counts[work.rank]):
-            yield -1, dummy_batch(device), False
+            yield -1, dummy_batch(work.session.ranks.device), False
 
 
 def _progress(work: Work, label: str, plan: Plan) -> Progress:
-    rows = sum(len(plan.rows_of(u)) for u in range(work.rank, plan.num_groups, work.world_size))
+    share = share_units(plan, work.store.num_tokens, work.world_size)[work.rank]
+    rows = sum(len(plan.rows_of(unit)) for unit in share)
     return Progress(label, rows, work.session.ranks.is_main)
 
 

@@ -7,6 +7,7 @@ in frozen mode it is a unit of work whose rows become one shard.
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,11 +34,6 @@ class Plan:
         """K, optimizer steps or units."""
         return len(self.group_offsets) - 1
 
-    @property
-    def num_batches(self) -> int:
-        """M, micro-batches."""
-        return len(self.batch_offsets) - 1
-
     def batch(self, index: int) -> np.ndarray:
         """Rows of one micro-batch."""
         return self.order[self.batch_offsets[index] : self.batch_offsets[index + 1]]
@@ -50,6 +46,32 @@ class Plan:
         """Rows of one group, in processing order."""
         start, stop = self.batch_offsets[self.group_offsets[group : group + 2]]
         return self.order[start:stop]
+
+    def rows_of_rank(self, groups: range, rank: int, world_size: int) -> int:
+        """How many rows a rank has when the micro-batches of each group are dealt out in turn."""
+        counts = np.diff(self.group_offsets)
+        turn = np.arange(len(self.batch_offsets) - 1) - np.repeat(self.group_offsets[:-1], counts)
+        first, last = self.group_offsets[groups.start], self.group_offsets[groups.stop]
+        sizes = np.diff(self.batch_offsets)[first:last]
+        return int(sizes[turn[first:last] % world_size == rank].sum())
+
+
+def share_units(plan: Plan, num_tokens: np.ndarray, world_size: int) -> list[list[int]]:
+    """The units of a frozen plan that each rank takes, every rank with about as many tokens.
+
+    Longest unit first to the rank with the least so far; a rank then goes through its units in ascending
+    order. Depends on the plan and the world size alone.
+    """
+    ends = plan.batch_offsets[plan.group_offsets]
+    cumulated = np.append(0, np.cumsum(num_tokens[plan.order], dtype=np.int64))
+    tokens = cumulated[ends[1:]] - cumulated[ends[:-1]]
+    loads = [(0, rank) for rank in range(world_size)]
+    shares: list[list[int]] = [[] for _ in range(world_size)]
+    for unit in np.argsort(-tokens, kind="stable").tolist():
+        load, rank = heapq.heappop(loads)
+        shares[rank].append(unit)
+        heapq.heappush(loads, (load + int(tokens[unit]), rank))
+    return [sorted(share) for share in shares]
 
 
 def train_plan(

@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 def run_probe(config: Config, ranks: Ranks, rundir: RunDir, store: TokenStore) -> dict:
     """Probe all rows of the store; returns what the manifest says of it. Collective."""
     probe = config.probe
-    session = Session(config, ranks)
+    steps_per_epoch = -(-store.num_rows // probe.global_batch)
+    session = Session(config, ranks, num_steps=steps_per_epoch * probe.epochs)
     features = None
     if probe.features != "none":
         width = session.model.anatomy.embedding_dim
@@ -46,7 +47,10 @@ def run_probe(config: Config, ranks: Ranks, rundir: RunDir, store: TokenStore) -
         "targets": {name: {"numel": numel} for name, numel in session.targets.numel.items()},
         "features": {} if features is None else {probe.features: {"weights": "initial"}},
         "plan": {"optimizer_steps": num_steps, "rows": store.num_rows, "world_size": ranks.world_size},
+        "nonfinite_rows": sum(ranks.gather(work.scores.num_nonfinite)),
+        "model_commit": getattr(session.model.anatomy.model.config, "_commit_hash", None),
         "zero_stage": session.stage,
+        "deepspeed": session.deepspeed if session.engine is not None else None,
     }
 
 
@@ -55,6 +59,8 @@ def _train(work: Work, sweep: Plan) -> int:
     config, store = work.config, work.store
     if work.features is not None:
         feature_pass(work, sweep)
+        # Ranks end this pass at different times, and a collective of the training would time out.
+        work.session.ranks.barrier()
     steps_made = 0
     for epoch in range(config.epochs):
         plan = train_plan(store.num_tokens, config.global_batch, config.batch_tokens, config.seed, epoch)

@@ -12,9 +12,17 @@ from torch import Tensor, nn
 
 from grads_dist.config import Config
 from grads_dist.model.anatomy import check_head, dissect
-from grads_dist.model.load import load_model, load_text_config, model_dtype
+from grads_dist.model.load import load_model, load_text_config
 from grads_dist.model.probed import Batch, ProbedModel
-from grads_dist.probe.zero import fill_auto, join_ranks, load_deepspeed_config, start_engine, zero_stage
+from grads_dist.probe.zero import (
+    check_supported,
+    fill_auto,
+    join_ranks,
+    load_deepspeed_config,
+    probe_dtype,
+    start_engine,
+    zero_stage,
+)
 from grads_dist.runtime.ranks import Ranks
 from grads_dist.stats.head_pass import HeadResult
 from grads_dist.stats.recorder import Recorder
@@ -36,35 +44,38 @@ class Measurement:
 class Session:
     """A loaded model ready for probing; collective to build.
 
+    Args:
+        num_steps: optimizer steps that will be made, for a learning rate schedule.
+
     Frozen mode needs DeepSpeed at ZeRO stage 3 alone, for its partitioned weights; below it every rank works
     on a plain copy and nothing is communicated. Train mode always runs under DeepSpeed.
     """
 
-    def __init__(self, config: Config, ranks: Ranks) -> None:
+    def __init__(self, config: Config, ranks: Ranks, num_steps: int = 1) -> None:
         probe = config.probe
         deepspeed_config = load_deepspeed_config(config.deepspeed)
         self.ranks = ranks
         self.stage = zero_stage(deepspeed_config)
-        self.training = probe.mode == "train"
         self.engine: Any = None
-        dtype = model_dtype(config.model, ranks.device)
-        sharded = self.stage == 3
+        dtype = probe_dtype(config.model, deepspeed_config, ranks.device)
+        check_supported(probe, dtype, self.stage, ranks.device)
+        sharded, training = self.stage == 3, probe.mode == "train"
         if sharded:
             join_ranks(ranks)
         hidden_size = load_text_config(config.model).hidden_size
-        filled = fill_auto(deepspeed_config, probe, dtype, hidden_size, ranks)
-        model = load_model(config.model, ranks.device, filled if sharded else None)
-        if not self.training:
+        self.deepspeed = fill_auto(deepspeed_config, probe, dtype, hidden_size, num_steps, ranks)
+        model = load_model(config.model, dtype, ranks.device, self.deepspeed if sharded else None)
+        if not training:
             model.requires_grad_(False)
         anatomy = dissect(model)
         self.targets: Targets = resolve_targets(probe.targets, anatomy)
         self.recorder = Recorder(anatomy, self.targets)
         self.model = ProbedModel(anatomy, self.recorder, probe.head_chunk_mib << 20)
-        if sharded and not self.training:
+        if sharded and not training:
             # DeepSpeed builds no engine without something to optimise.
             self.model.register_parameter("placeholder", nn.Parameter(torch.zeros(1, dtype=dtype)))
-        if self.training or sharded:
-            self.engine = start_engine(self.model, filled, ranks)
+        if training or sharded:
+            self.engine = start_engine(self.model, self.deepspeed, ranks)
         check_head(anatomy, ranks.device)
         self.model.fuse_head()
 
@@ -75,7 +86,6 @@ class Session:
 
     def freeze(self) -> None:
         """End training: from here on no weight gradient is computed."""
-        self.training = False
         self.model.causal_lm.requires_grad_(False)
 
     @torch.no_grad()

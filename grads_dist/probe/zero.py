@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from grads_dist.errors import ConfigError
+from grads_dist.model.config import ModelConfig
 from grads_dist.model.probed import ProbedModel
 from grads_dist.probe.config import ProbeConfig
 from grads_dist.runtime.ranks import Ranks
@@ -33,8 +34,15 @@ REFUSED = (
     "autotuning",
     "data_types",
     "compression_training",
+    "progressive_layer_drop",
+    "curriculum_learning",
+    "data_efficiency",
+    "elasticity",
+    "torch_autocast",
 )
-"""Sections that change what a rank's gradient is, for which there is no rule."""
+"""Sections that change what a rank's gradient or batch is, for which there is no rule."""
+
+SECTION_OF_DTYPE = {"bfloat16": "bf16", "float16": "fp16"}
 
 
 def load_deepspeed_config(path: str | None) -> dict[str, Any]:
@@ -54,12 +62,50 @@ def load_deepspeed_config(path: str | None) -> dict[str, Any]:
             raise ConfigError(
                 f"deepspeed: {path!r} sets {key!r}, which per-sample gradients do not support; remove it"
             )
+    for key in ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler"):
+        if not isinstance(config.get(key, {}), dict):
+            raise ConfigError(f"deepspeed: {path!r}: {key} is {config[key]!r}; it must be an object")
     stage = zero_stage(config)
     if stage not in (0, 1, 2, 3):
         raise ConfigError(
             f"deepspeed: zero_optimization.stage {stage!r} is not allowed; it must be 0, 1, 2 or 3"
         )
     return config
+
+
+def probe_dtype(model: ModelConfig, config: dict[str, Any], device: torch.device) -> torch.dtype:
+    """The type of the weights: `model.dtype`, else the one the DeepSpeed file enables, else the device's.
+
+    `auto` without a say of the file is bfloat16 on CUDA and float32 elsewhere. Raises ConfigError when file
+    and `model.dtype` contradict each other.
+    """
+    enabled = [
+        name for name, section in SECTION_OF_DTYPE.items() if config.get(section, {}).get("enabled") is True
+    ]
+    if model.dtype == "auto":
+        name = enabled[0] if enabled else ("bfloat16" if device.type == "cuda" else "float32")
+    else:
+        name = model.dtype
+        if enabled and name not in enabled:
+            raise ConfigError(
+                f"model.dtype: {name} contradicts the DeepSpeed file, which enables {enabled[0]}"
+            )
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def check_supported(probe: ProbeConfig, dtype: torch.dtype, stage: int, device: torch.device) -> None:
+    """Raises ConfigError for a type of weights that cannot be probed as asked."""
+    uses_engine = probe.mode == "train" or stage == 3
+    if not uses_engine:
+        return
+    if dtype == torch.float64:
+        raise ConfigError("model.dtype: float64 works in probe.mode frozen below ZeRO stage 3 only")
+    if dtype == torch.float16 and device.type == "cpu":
+        raise ConfigError("model.dtype: DeepSpeed has no float16 on CPU; allowed: float32, bfloat16")
+    if probe.mode == "train" and stage == 0 and dtype != torch.float32:
+        # DeepSpeed would step on the 16-bit weights themselves, where small updates round to nothing.
+        raise ConfigError("deepspeed: ZeRO stage 0 keeps no float32 weights to train; use stage 1, 2 or 3")
 
 
 def zero_stage(config: dict[str, Any]) -> int:
@@ -69,7 +115,12 @@ def zero_stage(config: dict[str, Any]) -> int:
 
 
 def fill_auto(
-    config: dict[str, Any], probe: ProbeConfig, dtype: torch.dtype, hidden_size: int, ranks: Ranks
+    config: dict[str, Any],
+    probe: ProbeConfig,
+    dtype: torch.dtype,
+    hidden_size: int,
+    num_steps: int,
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """A copy of a DeepSpeed configuration with every "auto" filled in and what the probe decides set.
 
@@ -89,7 +140,7 @@ def fill_auto(
     for key, value in _zero_defaults(hidden_size).items():
         if zero.get(key) == "auto":
             zero[key] = value
-    if ranks.device.type == "cpu":
+    if ranks.device.type == "cpu" and config["optimizer"].get("type", "").lower() in ("adam", "adamw"):
         config["optimizer"].setdefault("params", {})["torch_adam"] = True
     values = {
         "lr": probe.learning_rate,
@@ -99,6 +150,8 @@ def fill_auto(
         "gradient_clipping": probe.max_grad_norm,
         "warmup_min_lr": 0.0,
         "warmup_max_lr": probe.learning_rate,
+        "warmup_num_steps": 0,
+        "total_num_steps": num_steps,
     }
     return _replace_auto(config, values, "")
 

@@ -38,7 +38,7 @@ class Ranks:
         self._control = (
             dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if store is not None else None
         )
-        self._num_main_calls = 0
+        self._num_main_calls = self._num_barriers = 0
         # The error that all ranks raised together, if any: after it they may still meet, after others not.
         self.shared_error: GradsDistError | None = None
 
@@ -65,9 +65,14 @@ class Ranks:
             _init_group(self.device, dist.HashStore(), rank=0, world_size=1)
 
     def barrier(self) -> None:
-        """Wait until every rank is here. Collective."""
-        if self.world_size > 1:
-            dist.barrier(group=self._control)
+        """Wait until every rank is here, however long that takes. Collective."""
+        if self._store is None:
+            return
+        self._num_barriers += 1
+        key = f"barrier/{self._num_barriers}"
+        if self._store.add(key, 1) == self.world_size:
+            self._store.set(f"{key}/open", "")
+        self._wait_for(f"{key}/open")
 
     def on_main(self, fn: Callable[[], T]) -> T:
         """Run `fn` on rank 0; its result is returned, its GradsDistError raised, on every rank. Collective.
@@ -127,7 +132,9 @@ class Ranks:
         global _started
         if _started is not self:
             return
-        self.barrier()
+        if self._control is not None:
+            # Not by the store: rank 0 may hold it, and must not leave while another is still looking.
+            dist.barrier(group=self._control)
         if dist.is_initialized():
             dist.destroy_process_group()
         launcher.finish(self.placement)
@@ -141,6 +148,11 @@ class Ranks:
         if self.is_main:
             self._store.set(key, "")
             return
+        self._wait_for(key)
+
+    def _wait_for(self, key: str) -> None:
+        """Wait for a key of the store by looking again and again, which never times out."""
+        assert self._store is not None
         pause = 0.001
         while not self._store.check([key]):
             time.sleep(pause)

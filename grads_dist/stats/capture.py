@@ -24,7 +24,8 @@ class _Capture(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, layer_input: Tensor, sink: Sink) -> Tensor:
         ctx.save_for_backward(layer_input)
         ctx.sink = sink
-        return output.view_as(output)
+        # Shares memory like a view without being one to autograd: models modify such outputs in place.
+        return torch.ops.aten._unsafe_view(output, output.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

@@ -44,7 +44,7 @@ class HeadLoss(torch.autograd.Function):
         """The finished gradients, times the one at the total."""
         ctx.result.factors = ctx.sample_weights * grad_total.double()
         grads = [
-            None if g is None else (g * grad_total).to(dtype)
+            None if g is None else g.mul_(grad_total).to(dtype)
             for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return (*grads, None, None, None)

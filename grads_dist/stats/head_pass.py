@@ -198,6 +198,7 @@ class _ChunkSums:
         self.segments = Segments(segments.lengths[samples.start : samples.stop])
         self.sample_m = self.segments.sample_of_row(pass_.hidden.device)
         self.hidden = pass_.hidden[positions].to(pass_.dtype)
+        self.hidden_sums = self.hidden.sum(1, dtype=torch.float64)
         self.targets = pass_.targets[positions]
         self.nll = torch.zeros(_length(positions), dtype=pass_.dtype, device=pass_.hidden.device)
         self.p_sumsq, self.p_target = torch.zeros_like(self.nll), torch.zeros_like(self.nll)
@@ -259,7 +260,7 @@ class _ChunkSums:
             gradient = None
             if self.p.grad_weight is not None:
                 gradient = BatchGradient(self.p.grad_weight[block], self.weights)
-            found = outer_product_stats(d_mv, self.hidden, self.segments, gradient)
+            found = outer_product_stats(d_mv, self.hidden, self.segments, gradient, self.hidden_sums)
             self.stats = self.stats.merge(found)
             return
         rest, kept = [], []

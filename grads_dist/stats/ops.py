@@ -36,7 +36,11 @@ class BatchGradient:
 
 
 def outer_product_stats(
-    b_NP: Tensor, a_ND: Tensor, segments: Segments, batch_gradient: BatchGradient | None = None
+    b_NP: Tensor,
+    a_ND: Tensor,
+    segments: Segments,
+    batch_gradient: BatchGradient | None = None,
+    a_sums_N: Tensor | None = None,
 ) -> Statistics:
     """Statistics of G_s = B_s^T A_s for every sample s, the gradient of a linear weight [P, D].
 
@@ -45,6 +49,7 @@ def outer_product_stats(
         a_ND: the layer's input, packed.
         segments: rows of each sample; an empty sample has a zero gradient.
         batch_gradient: if given, also gets the samples' gradients added.
+        a_sums_N: float64 sums of the rows of `a`, for a caller that uses the same `a` many times.
 
     One G_s exists at a time, in one scratch buffer. The sum uses its rank-1 form
     sum_t (sum_j b_tj) (sum_k a_tk).
@@ -65,7 +70,8 @@ def outer_product_stats(
         sumsq.append(_row_sumsq(g_PD).sum())
         low.append(minmax.min)
         high.append(minmax.max)
-    row_products = b_NP.sum(1, dtype=torch.float64) * a_ND.sum(1, dtype=torch.float64)
+    a_sums_N = a_ND.sum(1, dtype=torch.float64) if a_sums_N is None else a_sums_N
+    row_products = b_NP.sum(1, dtype=torch.float64) * a_sums_N
     stats = Statistics(
         sum=_segment_sum(row_products, segments),
         sumsq=torch.stack(sumsq),

@@ -8,7 +8,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from grads_dist.errors import ConfigError
 from grads_dist.model.anatomy import Anatomy
@@ -38,7 +37,9 @@ class Recorder:
         self._seen: set[str] = set()
         self._checked: set[type[nn.Module]] = set()
         self._modules = self._needed_modules()
-        self._handles = [self._attach(name) for name in self._modules]
+        self._wanted = {name: self._wanted_of(name) for name in self._modules}
+        for name in self._modules:
+            self._attach(name)
 
     @property
     def needs_backward(self) -> bool:
@@ -55,11 +56,6 @@ class Recorder:
     def needs_tied(self) -> bool:
         """Whether the sum of embedding and LM head gradient is asked for."""
         return TIED in self.targets.parameters
-
-    def detach(self) -> None:
-        """Remove all hooks."""
-        for handle in self._handles:
-            handle.remove()
 
     @contextmanager
     def batch(self, layout: BatchLayout) -> Iterator[None]:
@@ -99,10 +95,15 @@ class Recorder:
             names.add(self._anatomy.embedding_name)
         return sorted(names - {head})
 
-    def _attach(self, name: str) -> RemovableHandle:
+    def _wanted_of(self, module: str) -> frozenset[str]:
+        """Local names of the module's parameters that some target needs."""
+        split = (p.rpartition(".") for p in self.targets.parameters)
+        return frozenset(local for owner, _, local in split if owner == module)
+
+    def _attach(self, name: str) -> None:
         module = self._anatomy.model.get_submodule(name)
         check = partial(self._check_norm, name, module) if is_rms_norm(module) else None
-        return capture(module, partial(self._sink, name, module), lambda: self._layout is not None, check)
+        capture(module, partial(self._sink, name, module), lambda: self._layout is not None, check)
 
     def _check_norm(self, name: str, module: nn.Module, layer_input: Tensor, output: Tensor) -> None:
         if type(module) in self._checked:
@@ -124,12 +125,13 @@ class Recorder:
             return
         rule = rule_for(module, "weight")
         assert rule is not None
-        wanted = {p.rpartition(".")[2] for p in self.targets.parameters if p.rpartition(".")[0] == name}
         try:
             found = rule(module, layer_input, grad, self._layout)
         except ValueError as error:
             raise ConfigError(f"probe.targets: {name}: {error}") from None
-        self._found.update({f"{name}.{local}": stats for local, stats in found.items() if local in wanted})
+        self._found.update(
+            {f"{name}.{local}": stats for local, stats in found.items() if local in self._wanted[name]}
+        )
 
     def _sink_embedding(self, name: str, module: nn.Module, ids: Tensor, grad: Tensor) -> None:
         assert self._layout is not None

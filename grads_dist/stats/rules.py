@@ -65,11 +65,16 @@ def layer_norm(module: nn.Module, a: Tensor, b: Tensor, layout: BatchLayout) -> 
     """Gain: sum_t b_t * xhat_t. Bias: sum_t b_t."""
     size = a.shape[-1]
     normalised = nn.functional.layer_norm(a, (size,), eps=module.eps)  # type: ignore[arg-type]
-    gain, segments = layout.pack(b * normalised, size)
+    gain, segments = layout.pack(_product(b, normalised), size)
     stats = {"weight": ops.vector_stats(gain, segments)}
     if module.bias is not None:
         stats["bias"] = ops.vector_stats(layout.pack(b, size)[0], segments)
     return stats
+
+
+def _product(b: Tensor, normalised: Tensor) -> Tensor:
+    dtype = ops.accumulation_dtype(b.dtype)
+    return b.to(dtype) * normalised.to(dtype)
 
 
 def is_rms_norm(module: nn.Module) -> bool:
@@ -84,7 +89,7 @@ def _rms_eps(module: nn.Module) -> float | None:
 
 def rms_norm(module: nn.Module, a: Tensor, b: Tensor, layout: BatchLayout) -> dict[str, Statistics]:
     """Gain: sum_t b_t * xhat_t, the same for a gain of w and of 1 + w."""
-    gain, segments = layout.pack(b * rms_normalised(module, a), a.shape[-1])
+    gain, segments = layout.pack(_product(b, rms_normalised(module, a)), a.shape[-1])
     return {"weight": ops.vector_stats(gain, segments)}
 
 
@@ -118,7 +123,9 @@ def embedding_rows_of(module: nn.Module, ids: Tensor, b: Tensor, layout: BatchLa
     ids_N = layout.pack(ids, 1)[0].flatten()
     scale = embedding_scale(module)
     if scale is not None:
-        b_ND = b_ND * scale.to(b_ND.dtype)
+        dtype = ops.accumulation_dtype(b_ND.dtype)
+        # The model multiplies by the scale in its weights' type.
+        b_ND = b_ND.to(dtype) * scale.to(b_ND.dtype).to(dtype)
     return ops.embedding_rows(b_ND, ids_N, segments, module.padding_idx)  # type: ignore[arg-type]
 
 

@@ -70,11 +70,14 @@ class BatchLayout:
         return len(self.segments)
 
     def pack(self, x_STD: Tensor, num_features: int) -> tuple[Tensor, Segments]:
-        """Drop the padding of a tensor whose leading axes are [S, T] or [S * T].
+        """Drop the padding of a tensor whose leading axes are [S, T], [S, heads, T] or [S * T].
 
         Returns rows [N * r, num_features], r being the vectors of `num_features` that each token has, and
-        their segments. Raises ValueError when the leading axes are not the batch's.
+        their segments. Raises ValueError when the leading axes are not the batch's. (`collate` pads so that
+        T is no number of heads.)
         """
+        if x_STD.dim() == 4 and x_STD.shape[1] != self.padded_length == x_STD.shape[2]:
+            x_STD = x_STD.transpose(1, 2)
         num_slots = self.num_samples * self.padded_length
         leading = tuple(x_STD.shape[:2]) == (self.num_samples, self.padded_length)
         if not leading and x_STD.shape[0] != num_slots:

@@ -25,10 +25,6 @@ class Targets:
     members: dict[str, tuple[str, ...]]
     numel: dict[str, int]
 
-    def of(self, parameter: str) -> tuple[str, ...]:
-        """The targets that `parameter` belongs to."""
-        return tuple(target for target, names in self.members.items() if parameter in names)
-
     @property
     def parameters(self) -> frozenset[str]:
         """All parameter names that some target needs."""
@@ -80,6 +76,9 @@ def _builtin(name: str, sizes: dict[str, int], anatomy: Anatomy) -> dict[str, li
             )
         return {name: [TIED]}
     if name == "layers":
+        if not anatomy.layers:
+            kind = type(anatomy.model).__name__
+            raise ConfigError(f"probe.targets: 'layers' finds no decoder layers in {kind}; use patterns")
         return {f"layers.{i}": under(layer) for i, layer in enumerate(anatomy.layers)}
     if name == "linear":
         return {module: under(module) for module in _linear_modules(anatomy)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -11,23 +13,50 @@ import pyarrow.parquet as pq
 from grads_dist.errors import DataError
 from grads_dist.runtime.rundir import RunDir, atomic_write
 
+MERGE_ROWS = 1 << 20
+"""Rows of the score table in memory at a time while merging."""
 
-def merge_scores(rundir: RunDir, expected_index: np.ndarray) -> int:
+
+def merge_scores(rundir: RunDir, expected_index: np.ndarray, rows_at_a_time: int = MERGE_ROWS) -> int:
     """Write scores.parquet, sorted by `index`; returns its number of rows.
+
+    The shards are first dealt out to buckets of consecutive row numbers, then each bucket is sorted, so that
+    memory does not grow with the table.
 
     Args:
         expected_index: numbers of the corpus rows that must be there, ascending.
+        rows_at_a_time: rows of one bucket.
 
     Raises DataError when a row is missing, or there twice.
     """
     paths = sorted(rundir.scores_dir.glob("shard-*.parquet"))
     if not paths:
         raise DataError(f"{rundir.scores_dir}: no shard of the score table is there; run the probe first")
-    table = pa.concat_tables([pq.read_table(path) for path in paths]).sort_by("index")
-    _check_rows(table["index"].to_numpy(), expected_index, str(rundir.scores_dir))
-    with atomic_write(rundir.scores) as path:
-        pq.write_table(table, path)
-    return table.num_rows
+    found = [pq.read_table(path, columns=["index"])["index"].to_numpy() for path in paths]
+    _check_rows(np.sort(np.concatenate(found)), expected_index, str(rundir.scores_dir))
+    bounds = expected_index[rows_at_a_time::rows_at_a_time]
+    with tempfile.TemporaryDirectory(dir=rundir.root, prefix=".merge-") as folder:
+        buckets = _deal_out(paths, bounds, Path(folder)) if len(bounds) else [paths]
+        with atomic_write(rundir.scores) as path:
+            with pq.ParquetWriter(path, pq.read_schema(paths[0])) as writer:
+                for bucket in buckets:
+                    tables = [pq.read_table(part) for part in bucket]
+                    writer.write_table(pa.concat_tables(tables).sort_by("index"))
+    return len(expected_index)
+
+
+def _deal_out(paths: list[Path], bounds: np.ndarray, folder: Path) -> list[list[Path]]:
+    """Split every shard by `bounds` of the row number; one file a bucket, in order."""
+    schema = pq.read_schema(paths[0])
+    files = [folder / f"{bucket:06d}.parquet" for bucket in range(len(bounds) + 1)]
+    with ExitStack() as stack:
+        writers = [stack.enter_context(pq.ParquetWriter(file, schema)) for file in files]
+        for path in paths:
+            table = pq.read_table(path)
+            bucket_of_row = np.searchsorted(bounds, table["index"].to_numpy(), side="right")
+            for bucket in np.unique(bucket_of_row).tolist():
+                writers[bucket].write_table(table.filter(pa.array(bucket_of_row == bucket)))
+    return [[file] for file in files]
 
 
 def merge_features(rundir: RunDir, name: str, expected_index: np.ndarray) -> None:

@@ -32,21 +32,26 @@ class ScoreShards:
         self._schema = score_schema(targets.members)
         self._parts: list[dict[str, np.ndarray]] = []
         self.num_rows = 0
+        self.num_nonfinite = 0
 
     def add(self, batch: Batch, head: HeadResult, stats: dict[str, Statistics], step: int) -> np.ndarray:
-        """Add the rows of one micro-batch; returns the mean over targets of their log gradient norms [S]."""
-        columns: dict[str, np.ndarray] = {
-            "row": batch.rows.numpy(),
-            "loss": _host(head.losses),
-            "el2n": _host(head.el2n),
-            "step": np.full(len(batch.rows), step, dtype=np.int32),
-        }
+        """Add the rows of one micro-batch; returns the mean over targets of their log gradient norms [S],
+        NaN for a row that is not finite."""
+        named = {"loss": head.losses.double(), "el2n": head.el2n.double()}
         for target, found in stats.items():
-            columns.update(_columns(target, found, self._targets.numel[target]))
+            named.update(_columns(target, found, self._targets.numel[target]))
+        # One copy from the device for all of them.
+        values = torch.stack(list(named.values())).cpu().numpy()
+        columns = dict(zip(named, values, strict=True))
+        columns["row"] = batch.rows.numpy()
+        columns["step"] = np.full(len(batch.rows), step, dtype=np.int32)
+        columns["finite"] = _finite(columns, list(stats))
         self._parts.append(columns)
+        self.num_nonfinite += int((~columns["finite"]).sum())
         self.num_rows += len(batch.rows)
-        with np.errstate(divide="ignore"):
-            return np.mean([np.log(columns[f"{target}.norm"]) for target in stats], axis=0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            signal = np.mean([np.log(columns[f"{target}.norm"]) for target in stats], axis=0)
+        return np.where(columns["finite"], signal, np.nan)
 
     def flush(self, name: str) -> None:
         """Write what was added since the last flush as `shard-<name>.parquet`, if anything was."""
@@ -54,15 +59,14 @@ class ScoreShards:
             return
         columns = {key: np.concatenate([part[key] for part in self._parts]) for key in self._parts[0]}
         self._parts, self.num_rows = [], 0
-        rows = columns.pop("row")
-        columns.update(_row_columns(self._store, rows, columns, list(self._targets.members)))
-        arrays = [pa.array(columns[field.name], type=field.type) for field in self._schema]
+        columns.update(_row_columns(self._store, columns["row"], columns["finite"]))
+        arrays = [pa.array(_cast(columns[f.name], f.type), type=f.type) for f in self._schema]
         self._folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(self._folder / f"shard-{name}.parquet") as path:
             pq.write_table(pa.Table.from_arrays(arrays, schema=self._schema), path)
 
 
-def _columns(target: str, found: Statistics, numel: int) -> dict[str, np.ndarray]:
+def _columns(target: str, found: Statistics, numel: int) -> dict[str, Tensor]:
     values = {
         "sum": found.sum,
         "sumsq": found.sumsq,
@@ -71,18 +75,29 @@ def _columns(target: str, found: Statistics, numel: int) -> dict[str, np.ndarray
         "mean": found.mean(numel),
         "std": found.std(numel),
         "norm": found.norm(),
-        "nonfinite": found.nonfinite,
+        "nonfinite": found.nonfinite.double(),
     }
     assert values.keys() == STATISTICS.keys()
-    return {f"{target}.{name}": _host(value) for name, value in values.items()}
+    return {f"{target}.{name}": value for name, value in values.items()}
 
 
-def _row_columns(
-    store: TokenStore, rows: np.ndarray, columns: dict[str, np.ndarray], targets: list[str]
-) -> dict[str, np.ndarray]:
+def _finite(columns: dict[str, np.ndarray], targets: list[str]) -> np.ndarray:
+    """Rows whose loss and gradients are finite throughout."""
     finite = np.isfinite(columns["loss"]) & np.isfinite(columns["el2n"])
     for target in targets:
         finite &= (columns[f"{target}.nonfinite"] == 0) & np.isfinite(columns[f"{target}.sumsq"])
+    return finite
+
+
+def _cast(values: np.ndarray, kind: pa.DataType) -> np.ndarray:
+    """Columns travel as float64; the table keeps what its schema says, infinity beyond float32's range."""
+    if values.dtype != np.float64:
+        return values
+    with np.errstate(over="ignore"):
+        return values.astype(kind.to_pandas_dtype())
+
+
+def _row_columns(store: TokenStore, rows: np.ndarray, finite: np.ndarray) -> dict[str, np.ndarray]:
     return {
         "index": store.index[rows],
         "id": np.array([store.ids[int(row)] for row in rows], dtype=object),
@@ -123,7 +138,3 @@ class FeatureShards:
         for suffix, array in ((".index.npy", index), (".npy", features)):
             with atomic_write(self._folder / f"shard-{name}{suffix}") as path:
                 np.save(path, array, allow_pickle=False)
-
-
-def _host(x: Tensor) -> np.ndarray:
-    return x.detach().cpu().numpy()
