@@ -32,7 +32,7 @@ def probe(model, rows, wanted, weights=None, head_chunk_bytes=1 << 20, backward=
     probed = ProbedModel(anatomy, recorder, head_chunk_bytes)
     probed.fuse_head()
     count = len(rows.ids)
-    batch = collate(rows, range(count), weights or [1 / count] * count, CPU)
+    batch = collate(rows, range(count), weights or [1 / count] * count, CPU, anatomy.head_counts)
     with recorder.batch(batch.layout):
         total = probed(batch, record=True)
         if backward and recorder.needs_backward:

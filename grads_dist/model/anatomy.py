@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grads_dist.errors import ConfigError
-from grads_dist.stats.head_pass import LogitTransform
+from grads_dist.stats.head_request import LogitTransform
 
 
 @dataclass(frozen=True)

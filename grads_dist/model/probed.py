@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from grads_dist.model.anatomy import Anatomy
 from grads_dist.stats.head import HeadLoss
-from grads_dist.stats.head_pass import HeadRequest, HeadResult
+from grads_dist.stats.head_request import HeadRequest, HeadResult
 from grads_dist.stats.recorder import Recorder, distinct_ids
 from grads_dist.stats.segments import BatchLayout, Segments
 

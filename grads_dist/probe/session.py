@@ -24,7 +24,7 @@ from grads_dist.probe.zero import (
     zero_stage,
 )
 from grads_dist.runtime.ranks import Ranks
-from grads_dist.stats.head_pass import HeadResult
+from grads_dist.stats.head_request import HeadResult
 from grads_dist.stats.recorder import Recorder
 from grads_dist.stats.statistics import Statistics
 from grads_dist.stats.targets import Targets, resolve_targets

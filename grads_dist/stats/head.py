@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grads_dist.stats.head_pass import HeadPass, HeadRequest, HeadResult
+from grads_dist.stats.head_pass import HeadPass
+from grads_dist.stats.head_request import HeadRequest, HeadResult
 
 
 class HeadLoss(torch.autograd.Function):

@@ -13,7 +13,7 @@ from grads_dist.errors import ConfigError
 from grads_dist.model.anatomy import Anatomy
 from grads_dist.stats import ops
 from grads_dist.stats.capture import capture
-from grads_dist.stats.head_pass import HeadResult
+from grads_dist.stats.head_request import HeadResult
 from grads_dist.stats.rules import check_rms_norm, embedding_rows_of, is_rms_norm, rule_for
 from grads_dist.stats.segments import BatchLayout
 from grads_dist.stats.statistics import Statistics

@@ -16,7 +16,7 @@ from torch import Tensor
 from grads_dist.data.store import TokenStore
 from grads_dist.model.probed import Batch
 from grads_dist.runtime.rundir import atomic_write
-from grads_dist.stats.head_pass import HeadResult
+from grads_dist.stats.head_request import HeadResult
 from grads_dist.stats.statistics import Statistics
 from grads_dist.stats.targets import Targets
 from grads_dist.table.schema import STATISTICS, score_schema

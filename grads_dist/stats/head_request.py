@@ -1,0 +1,74 @@
+"""What is asked of the LM head's pass, and what it gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from grads_dist.stats.segments import Segments
+from grads_dist.stats.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model does to W h + b before the softmax: cap * tanh(scale * (W h + b) / cap)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        """Final logits from the head's output; works in place on `raw`."""
+        if self.scale != 1.0:
+            raw = raw.mul_(self.scale)
+        if self.softcap is not None:
+            raw = raw.div_(self.softcap).tanh_().mul_(self.softcap)
+        return raw
+
+    def derivative(self, logits: Tensor) -> Tensor | float:
+        """d logits / d raw, elementwise, from the final logits."""
+        if self.softcap is None:
+            return self.scale
+        return (1 - (logits / self.softcap).square()) * self.scale
+
+
+@dataclass(frozen=True)
+class HeadRequest:
+    """What is wanted of the head's pass.
+
+    Args:
+        segments: label positions of every sample; each has at least one.
+        sample_weights: weight of each sample's loss in the batch's total, float64 [S].
+        transform: from the head's output to logits.
+        chunk_positions: label positions whose logits may exist at a time.
+        with_stats: compute the statistics of the head's gradient.
+        kept_ids: for a tied weight, each sample's sorted distinct input ids, whose rows of G are kept and
+            left out of `rest`.
+    """
+
+    segments: Segments
+    sample_weights: Tensor
+    transform: LogitTransform
+    chunk_positions: int
+    with_stats: bool
+    kept_ids: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class HeadResult:
+    """What one pass over the label positions yields, all unweighted and per sample."""
+
+    losses: Tensor = field(default_factory=lambda: torch.empty(0))
+    """Mean cross-entropy over the sample's label tokens, float32 or float64 [S]."""
+    el2n: Tensor = field(default_factory=lambda: torch.empty(0))
+    """Mean over the sample's label positions of the norm of softmax minus one-hot [S]."""
+    weight_stats: Statistics | None = None
+    """Statistics of the gradient of the head's weight."""
+    bias_stats: Statistics | None = None
+    rest_stats: Statistics | None = None
+    """With `kept_ids`: statistics of the weight's gradient over all rows but those."""
+    kept_rows: list[Tensor] = field(default_factory=list)
+    """With `kept_ids`: the rows of G at those ids, one [len(ids), D] tensor a sample."""
+    factors: Tensor | None = None
+    """Set by the backward pass: what each sample's loss was multiplied by on its way to the gradients [S]."""
