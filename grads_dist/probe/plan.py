@@ -89,7 +89,7 @@ def train_plan(
     step = np.arange(len(permutation)) // global_batch
     order = permutation[np.lexsort((permutation, -num_tokens[permutation], step))]
     boundaries = np.append(np.arange(0, len(order), global_batch), len(order))
-    return _cut(order, num_tokens, boundaries, batch_tokens)
+    return _cut(order, num_tokens, boundaries, batch_tokens, even=True)
 
 
 def frozen_plan(num_tokens: np.ndarray, rows: np.ndarray, shard_rows: int, batch_tokens: int) -> Plan:
@@ -97,20 +97,50 @@ def frozen_plan(num_tokens: np.ndarray, rows: np.ndarray, shard_rows: int, batch
     window = np.arange(len(rows)) // (shard_rows * WINDOW_SHARDS)
     order = rows[np.lexsort((rows, -num_tokens[rows], window))]
     boundaries = np.append(np.arange(0, len(order), shard_rows), len(order))
-    return _cut(order, num_tokens, boundaries, batch_tokens)
+    return _cut(order, num_tokens, boundaries, batch_tokens, even=False)
 
 
-def _cut(order: np.ndarray, num_tokens: np.ndarray, boundaries: np.ndarray, batch_tokens: int) -> Plan:
+def _cut(
+    order: np.ndarray, num_tokens: np.ndarray, boundaries: np.ndarray, batch_tokens: int, even: bool
+) -> Plan:
     """Cut every group into micro-batches whose rows times longest row fit `batch_tokens`.
 
-    Rows are in descending length within a group (or a window of groups), so the first row of a micro-batch
-    sets its padded length, and the loop runs once a micro-batch.
+    Args:
+        boundaries: where the groups begin in `order`, and its end.
+        even: make the micro-batches of a group as equal as their number allows, since ranks wait for the
+            longest; otherwise each is as full as it can be.
     """
     batch_offsets, group_offsets = [0], [0]
     for start, stop in zip(boundaries[:-1].tolist(), boundaries[1:].tolist(), strict=True):
-        while start < stop:
-            rows = max(1, batch_tokens // int(num_tokens[order[start]]))
-            start = min(start + rows, stop)
-            batch_offsets.append(start)
+        lengths = num_tokens[order[start:stop]].tolist()
+        ends = _ends(lengths, batch_tokens)
+        if even and len(ends) > 1:
+            ends = _even_ends(lengths, batch_tokens, len(ends))
+        batch_offsets.extend(start + end for end in ends)
         group_offsets.append(len(batch_offsets) - 1)
     return Plan(order.astype(np.int64), np.array(batch_offsets, np.int64), np.array(group_offsets, np.int64))
+
+
+def _ends(lengths: list[int], batch_tokens: int) -> list[int]:
+    """Ends of micro-batches of at most `batch_tokens` padded tokens, or of one longer row.
+
+    Rows come in descending length, so the first of a micro-batch sets its padded length, and the loop runs
+    once a micro-batch.
+    """
+    ends, start = [], 0
+    while start < len(lengths):
+        start = min(start + max(1, batch_tokens // lengths[start]), len(lengths))
+        ends.append(start)
+    return ends
+
+
+def _even_ends(lengths: list[int], batch_tokens: int, count: int) -> list[int]:
+    """The cut into `count` micro-batches with the smallest limit on their padded tokens, by bisection."""
+    low, high = 0, batch_tokens
+    while high - low > 1:
+        middle = (low + high) // 2
+        if len(_ends(lengths, middle)) <= count:
+            high = middle
+        else:
+            low = middle
+    return _ends(lengths, high)
