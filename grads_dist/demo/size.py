@@ -35,7 +35,7 @@ class DemoSize:
     """`data.max_length` of the run, and the model's longest context."""
     global_batch: int = 32
     """`probe.global_batch` of the run: samples of one optimizer step of the preliminary epoch."""
-    batch_tokens: int = 4096
+    batch_tokens: int = 1024
     """`probe.batch_tokens` of the run: padded tokens of one forward and backward pass on a rank."""
     seed: int = 0
     """Seed of the model's initial weights and of the order of the pretraining text."""
