@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+from conftest import clean_environment
 from tiny import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -62,6 +65,38 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
     """One JSON object a line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def write_stage(folder: Path, stage: int, **optimizer: object) -> Path:
+    """A DeepSpeed file of a ZeRO stage; `optimizer` are parameters of AdamW."""
+    zero = {"stage": stage}
+    if stage == 3:
+        # By default DeepSpeed keeps weights below 10^5 elements whole on every rank: all of a tiny model.
+        zero["stage3_param_persistence_threshold"] = 0
+    content: dict[str, object] = {"zero_optimization": zero}
+    if optimizer:
+        content["optimizer"] = {"type": "AdamW", "params": {"lr": "auto", **optimizer}}
+    path = folder / f"zero{stage}.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def launch(num_ranks: int, script: Path, *args: str) -> None:
+    """Run a script as `num_ranks` ranks under torchrun; fails with what it wrote unless it ends well."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    done = run_python(*command, str(script), *args, timeout=280)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+
+
+def run_program(*args: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -m grads_dist ARGS...` as one rank."""
+    return run_python("-m", "grads_dist", *args)
+
+
+def run_python(*args: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run `python ARGS...` as one rank."""
+    command = [sys.executable, *args]
+    return subprocess.run(command, env=clean_environment(), text=True, capture_output=True, timeout=timeout)
 
 
 def run_arguments(folder: Path, output: str, **overrides: object) -> list[str]:

@@ -103,6 +103,9 @@ class Session:
             total = self.model(batch, record=True, feature_tokens=feature_tokens)
             if backward:
                 total.backward()
+        if self.stage == 3:
+            # A layer whose input needs no gradient is gathered for the backward pass and not let go after it.
+            self.engine.empty_partition_cache()
         return self._measurement(batch)
 
     def train_micro_batch(self, batch: Batch, last_of_step: bool, record: bool) -> Measurement | None:

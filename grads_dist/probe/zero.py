@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from pathlib import Path
@@ -48,7 +49,7 @@ SECTION_OF_DTYPE = {"bfloat16": "bf16", "float16": "fp16"}
 def load_deepspeed_config(path: str | None) -> dict[str, Any]:
     """Read a DeepSpeed JSON file, or give the default; raises ConfigError naming what cannot be used."""
     if path is None:
-        return json.loads(json.dumps(DEFAULT))
+        return copy.deepcopy(DEFAULT)
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -127,10 +128,10 @@ def fill_auto(
     Batches and accumulation belong to the plan: DeepSpeed sees micro-batches of nominal size 1 and is told at
     which of them a step ends. On CPU, Adam is torch's own.
     """
-    config = json.loads(json.dumps(config))
+    config = copy.deepcopy(config)
     config["train_micro_batch_size_per_gpu"] = config["gradient_accumulation_steps"] = 1
     config["train_batch_size"] = ranks.world_size
-    config.setdefault("optimizer", DEFAULT["optimizer"])
+    config.setdefault("optimizer", copy.deepcopy(DEFAULT["optimizer"]))
     # Unset, DeepSpeed clips as if at 1.0.
     config.setdefault("gradient_clipping", "auto")
     config["bf16"] = {**config.get("bf16", {}), "enabled": dtype == torch.bfloat16}

@@ -79,7 +79,7 @@ def outer_product_stats(
         max=torch.stack(high).double(),
         nonfinite=torch.zeros(len(segments), dtype=torch.int64, device=b_NP.device),
     )
-    return _recount_nonfinite(stats, gradient_of)
+    return _in_float64_where_needed(stats, gradient_of)
 
 
 def vector_stats(x_ND: Tensor, segments: Segments) -> Statistics:
@@ -100,7 +100,7 @@ def dense_row_stats(g_SD: Tensor) -> Statistics:
         max=g_SD.amax(1).double(),
         nonfinite=torch.zeros(g_SD.shape[0], dtype=torch.int64, device=g_SD.device),
     )
-    return _recount_nonfinite(stats, lambda sample: g_SD[sample])
+    return _in_float64_where_needed(stats, lambda sample: g_SD[sample])
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def ragged_row_stats(rows_UD: Tensor, segments: Segments) -> Statistics:
         nonfinite=torch.zeros(len(segments), dtype=torch.int64, device=rows_UD.device),
     )
     offsets = segments.offsets
-    return _recount_nonfinite(stats, lambda sample: rows_UD[offsets[sample] : offsets[sample + 1]])
+    return _in_float64_where_needed(stats, lambda sample: rows_UD[offsets[sample] : offsets[sample + 1]])
 
 
 def _row_sumsq(x_RD: Tensor) -> Tensor:
@@ -171,13 +171,18 @@ def _segment_sum(x_N: Tensor, segments: Segments) -> Tensor:
     return torch.segment_reduce(x_N, "sum", lengths=segments.lengths_tensor(x_N.device), initial=0.0)
 
 
-def _recount_nonfinite(stats: Statistics, gradient_of: Callable[[int], Tensor]) -> Statistics:
-    """Count non-finite elements of the samples whose sum of squares is not finite.
+SMALLEST_FLOAT32 = 1e-15
+"""Where the largest element is below this, squares of float32 elements begin to vanish."""
 
-    Squares of finite float32 elements can overflow: those samples get their sum of squares in float64.
+
+def _in_float64_where_needed(stats: Statistics, gradient_of: Callable[[int], Tensor]) -> Statistics:
+    """Repair the samples whose squares float32 does not hold, and count their non-finite elements.
+
+    A sum of squares that is not finite may have overflowed, one of tiny elements underflowed.
     """
-    suspects = (~stats.sumsq.isfinite()).nonzero().flatten().tolist()
-    for sample in suspects:
+    largest = torch.maximum(stats.max, -stats.min)
+    suspects = ~stats.sumsq.isfinite() | ((largest > 0) & (largest < SMALLEST_FLOAT32))
+    for sample in suspects.nonzero().flatten().tolist():
         g = gradient_of(sample)
         stats.nonfinite[sample] = (~g.isfinite()).sum()
         stats.sumsq[sample] = g.double().square().sum()
