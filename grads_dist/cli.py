@@ -5,8 +5,6 @@ The only module that prints, and the only one that catches everything.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 import os
 import sys
@@ -41,15 +39,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     ranks: Ranks | None = None
     try:
+        if _only_asks(args):
+            # Ends in SystemExit. Launcher variables may be left over in a shell, where no other rank comes.
+            commands.prepare(args)
         ranks = _start_ranks()
-        rank = 0 if ranks is None else ranks.rank
-        logs.start_console(rank)
         action = _prepare(args, ranks)
         if ranks is None or commands.COMMANDS[args[0]].collective:
             text = action()
         else:
             text = ranks.on_main(action)
-        if text and rank == 0:
+        if text and (ranks is None or ranks.is_main):
             print(text)
         if ranks is not None:
             ranks.close()
@@ -61,8 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _start_ranks() -> Ranks | None:
     """The ranks, where there are several; one rank alone needs no torch to read its arguments."""
     placement = detect()
+    logs.start_console(placement.rank)
     if placement.world_size == 1:
         return None
+    logger.info("waiting for %d ranks at %s", placement.world_size, placement.master_addr)
     from grads_dist.runtime.ranks import Ranks
 
     return Ranks.start(placement)
@@ -74,11 +75,10 @@ def _prepare(args: Sequence[str], ranks: Ranks | None) -> Action:
         return commands.prepare(args)
     action: Action | None = None
     failure: GradsDistError | None = None
-    with contextlib.redirect_stdout(sys.stdout if ranks.is_main else io.StringIO()):
-        try:
-            action = commands.prepare(args)
-        except GradsDistError as error:
-            failure = error
+    try:
+        action = commands.prepare(args)
+    except GradsDistError as error:
+        failure = error
     ranks.agree(failure)
     assert action is not None
     return action
@@ -86,23 +86,21 @@ def _prepare(args: Sequence[str], ranks: Ranks | None) -> Action:
 
 def _fail(error: BaseException, ranks: Ranks | None) -> int:
     """Report `error` in one line, once over all ranks, and end this rank."""
-    if isinstance(error, SystemExit):
-        # --help and --print_config end so, on every rank.
-        if ranks is not None:
-            ranks.close()
+    if isinstance(error, SystemExit) and ranks is None:
+        # --help and --print_config end so.
         return error.code if isinstance(error.code, int) else 1
     code, report = _diagnose(error)
     if ranks is None:
         report()
         return code
     ranks.report_once(report)
-    if ranks.shared_error is error:
-        ranks.close()
-        return code
-    # The other ranks may wait for this one in a collective: leave at once, so that the launcher ends them.
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
+    if ranks.shared_error is error:
+        ranks.close()
+    # At once: a launcher that sees one rank fail ends the others, which would hide the code of a rank that is
+    # still tearing down; and after an error of this rank alone the others may wait for it in a collective.
     os._exit(code)
 
 
@@ -125,6 +123,10 @@ def _diagnose(error: BaseException) -> tuple[int, Callable[[], None]]:
 
 def _print_error(message: str, before: str = "") -> None:
     print(f"{before}grads-dist: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+def _only_asks(args: Sequence[str]) -> bool:
+    return any(arg.partition("=")[0] in ("-h", "--help", "--print_config") for arg in args)
 
 
 def _without_local_rank(args: Sequence[str]) -> list[str]:

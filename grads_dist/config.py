@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import yaml
-
 from grads_dist.data.config import DataConfig
 from grads_dist.errors import ConfigError
 from grads_dist.model.config import ModelConfig
-from grads_dist.parsing import build, make_parser, parse
+from grads_dist.parsing import build, dump_yaml, make_parser, parse
 from grads_dist.probe.config import ProbeConfig
 from grads_dist.runtime.rundir import atomic_write
 from grads_dist.selection.config import SelectionConfig
@@ -51,9 +49,11 @@ class Config:
 
 def save_config(config: Config, path: Path) -> None:
     """Write `config` with every default filled in; `load_config` gives an equal one back."""
-    text = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+    content = asdict(config)
+    # YAML knows no tuples.
+    content["selection"]["band"] = list(config.selection.band)
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(dump_yaml(content), encoding="utf-8")
 
 
 def load_config(path: Path) -> Config:

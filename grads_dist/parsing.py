@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_dumper, set_loader, set_parsing_settings
 
 from grads_dist.errors import ConfigError
 
 C = TypeVar("C")
 LONGEST_VALUE = 120
 
+_MODE = "grads_dist"
+# Text that no reader of YAML takes for anything else; more is quoted than has to be.
+_BARE = re.compile(r"[A-Za-z_][\w./-]*", re.ASCII)
 _PLAIN = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
 
 
@@ -26,7 +29,11 @@ def make_parser(prog: str, schema: type, description: str) -> ArgumentParser:
     The line under a field in the dataclass is its help.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
+    set_loader(_MODE, _load_yaml, (yaml.YAMLError,))
+    set_dumper(_MODE, dump_yaml)
+    parser = ArgumentParser(
+        prog=prog, description=description, exit_on_error=False, allow_abbrev=False, parser_mode=_MODE
+    )
     parser.add_argument("--config", action="config", help="YAML file; flags after it win over it")
     parser.add_class_arguments(schema)
     return parser
@@ -37,9 +44,17 @@ def parse(parser: ArgumentParser, args: Sequence[str], schema: type) -> Namespac
     for path in values_of("--config", args):
         check_file(path, schema)
     try:
-        return parser.parse_args(list(args))
+        parsed = parser.parse_args(list(args))
     except argparse.ArgumentError as error:
         raise ConfigError(_condense(str(error), schema)) from error
+    for key, value in list(parsed.items()):
+        parsed[key] = _map_text(value, str)
+    return parsed
+
+
+def dump_yaml(content: Any) -> str:
+    """YAML in which all text that could be read as something else, now or by another reader, is quoted."""
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def take_flags(flags: argparse.ArgumentParser, args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -85,6 +100,39 @@ def check_file(path: str, schema: type) -> None:
     if not isinstance(content, Mapping):
         raise ConfigError(f"config: {path!r} holds {_shorten(content)}; allowed: a map with {_names(schema)}")
     _check_keys(content, schema, "")
+
+
+class _Text(str):
+    """Text inside a YAML document: the parser would read a plain `str` as YAML a second time."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes by `_BARE`; PyYAML alone leaves `1e3` bare, which other readers take for a number."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = None if _BARE.fullmatch(text) else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", str(text), style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+_Dumper.add_representer(_Text, _represent_text)
+
+
+def _load_yaml(text: str) -> Any:
+    value = get_loader("yaml")(text)
+    return value if isinstance(value, str) else _map_text(value, _Text)
+
+
+def _map_text(value: Any, kind: type[str]) -> Any:
+    """The same value with all text in it, keys of maps aside, of type `kind`."""
+    if isinstance(value, str):
+        return kind(value)
+    if isinstance(value, dict):
+        return {k: _map_text(v, kind) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map_text(v, kind) for v in value)
+    return value
 
 
 def describe(hint: Any) -> str:
@@ -148,6 +196,10 @@ def _condense(message: str, schema: type | None) -> str:
     mistyped = re.match(r"argument --(\S+): invalid int value: (.*)", message)
     if mistyped:
         return f"{mistyped.group(1)}: {mistyped.group(2)} is not allowed; allowed: a whole number"
+    valued = re.match(r"argument --(\S+): ignored explicit argument (.*)", message, re.DOTALL)
+    if valued:
+        flag, value = valued.group(1), _one_line(valued.group(2))
+        return f"{flag}: {value} is not allowed; --{flag} takes no value"
     lacking = re.search(r"argument --(\S+): expected one argument", message)
     if lacking:
         return f"{lacking.group(1)}: no value is given; {_allowed(schema, lacking.group(1))}"

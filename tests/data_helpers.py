@@ -72,6 +72,18 @@ def make_tokenizer(folder: Path, template: str | None = CHATML, bos: bool = Fals
     return folder
 
 
+def make_spaced_tokenizer(folder: Path) -> Path:
+    """Save a tokenizer that puts a space before every text, like that of Llama 2, and return its folder."""
+    words = ["<unk>", "</s>", "▁", "▁hello", "▁world", "world"]
+    backend = Tokenizer(models.WordLevel({word: k for k, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    backend.decoder = decoders.Metaspace(prepend_scheme="always")
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>").save_pretrained(
+        folder
+    )
+    return folder
+
+
 def write_jsonl(path: Path, rows: list[dict[str, Any] | str]) -> Path:
     """Write rows, of which a str is written as it is."""
     lines = (row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import clean_environment
 
 from grads_dist import cli, commands
 from grads_dist.commands import COMMANDS, Command, prepare
@@ -32,8 +33,19 @@ def failing(error):
     return action
 
 
-@pytest.mark.parametrize("args", [["--help"], ["run", "--help"], ["select", "--help"], ["--version"]])
-def test_help_imports_nothing_heavy(args):
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["select", "--help"],
+        ["demo", "-h"],
+        ["--version"],
+        ["run", "--data.path=x", "--print_config"],
+    ],
+)
+@pytest.mark.parametrize("left_over", [{}, {"RANK": "1", "WORLD_SIZE": "2"}])
+def test_help_imports_nothing_heavy_and_waits_for_no_rank(args, left_over):
     code = (
         "import sys\nfrom grads_dist.cli import main\n"
         f"try: code = main({args})\nexcept SystemExit as e: code = e.code\n"
@@ -42,6 +54,7 @@ def test_help_imports_nothing_heavy(args):
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=Path(__file__).parent.parent,
+        env=clean_environment() | left_over,
         text=True,
         capture_output=True,
         timeout=60,
@@ -75,6 +88,8 @@ def test_a_bad_value_is_one_line_and_code_2(program):
         (["probe", "--data.path=x"], "model.name_or_path: not given, but needed"),
         (["inspect", "--data.path=x", "--model.name_or_path=m", "--count=0"], "count: 0 is not allowed"),
         (["inspect", "--count", "x"], "count: 'x' is not allowed; allowed: a whole number"),
+        (["run", "--overwrite=true"], "overwrite: 'true' is not allowed; --overwrite takes no value"),
+        (["demo", "--output_dir", "."], "output_dir: '.' is not allowed; allowed: a folder with a name"),
         (["demo", "--processes", "0"], "processes: 0 is not allowed"),
         (["demo", "--data.path", "x"], "arguments: '--data.path' is not allowed; allowed: --output_dir"),
         (["select", "--output_dir", "none"], "output_dir: 'none' holds no config.yaml"),

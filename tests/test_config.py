@@ -73,6 +73,72 @@ def test_any_saved_configuration_is_loaded_equal(tmp_path, path, targets, learni
     assert load_config(tmp_path / "config.yaml") == config
 
 
+AMBIGUOUS = st.sampled_from(
+    [
+        "1e3",
+        "1E+3",
+        "[a]",
+        "- x",
+        "#x",
+        "null",
+        "~",
+        "a: b",
+        "{a: 1}",
+        "'x'",
+        "true",
+        "yes",
+        "0x1F",
+        "1_000",
+        "-",
+    ]
+    + [
+        "---",
+        "!!x",
+        "&a",
+        "*a",
+        "%x",
+        "@x",
+        " x ",
+        "a\nb",
+        "x #y",
+        "a:",
+        "2020-01-01",
+        "1:30",
+        ".nan",
+        "\x85 \x07",
+    ]
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=AMBIGUOUS, other=AMBIGUOUS, band=st.sampled_from([(0.1, 0.9), [0.1, 0.9]]))
+def test_text_that_looks_like_yaml_stays_text(tmp_path, text, other, band):
+    path = text if len(text) % 2 else [text, other]
+    config = Config(
+        model=ModelConfig(name_or_path=text, revision=other),
+        data=DataConfig(path=path, columns={"id": other}, cache_dir=other),
+        probe=ProbeConfig(targets={text: other} if len(other) % 2 else [text]),
+        selection=SelectionConfig(signal=[text, other], band=band),
+        deepspeed=other,
+        output_dir=text,
+    )
+    save_config(config, tmp_path / "config.yaml")
+    loaded = load_config(tmp_path / "config.yaml")
+    assert loaded == config
+    assert type(loaded.output_dir) is str and type(loaded.model.revision) is str
+    saved = yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))
+    assert saved["output_dir"] == text and saved["selection"]["band"] == [0.1, 0.9]
+
+
+def test_null_and_numbers_in_a_file_are_what_they_look_like(tmp_path):
+    (tmp_path / "c.yaml").write_text(
+        "model: {revision: null}\ndata: {path: x}\nprobe: {learning_rate: 1e-3}\n"
+    )
+    loaded = load_config(tmp_path / "c.yaml")
+    assert loaded.model.revision is None and loaded.probe.learning_rate == 1e-3
+    assert parsed("--data.path=x", "--model.revision=null").model.revision is None
+
+
 BAD_ARGUMENTS = [
     ([], "data.path: not given, but needed; allowed: text or a list of text"),
     (["--probe.mode", "foo"], "probe.mode: 'foo' is not allowed; allowed: train, frozen"),

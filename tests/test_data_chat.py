@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from typing import Any
 
@@ -80,6 +81,89 @@ def test_whole_text_is_tokenized_once_without_second_bos(tokenizer: Any) -> None
 def test_mark_that_stops_before_the_end_of_turn_is_extended_to_it(tokenizer: Any) -> None:
     template = GENERATION.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}</s>")
     assert said(tokenizer, template, chat("a", "hello", "b", "")) == ["hello</s>", "</s>"]
+
+
+@pytest.mark.parametrize(
+    ("between", "said_last"),
+    [
+        ("{% endgeneration %}<|im_end|>", "<|im_end|>"),
+        ("{% endgeneration %}{{ '\n' }}<|im_end|>", "\n<|im_end|>"),
+        ("\n<|im_end|>\n{% endgeneration %}", "\n<|im_end|>\n"),
+        ("{% endgeneration %}", ""),
+        ("{% endgeneration %}<s>", ""),
+        ("{% endgeneration %} or so <|im_end|>", ""),
+    ],
+)
+def test_end_of_turn_need_not_be_the_eos_token(
+    tokenizer: Any, between: str, said_last: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    template = GENERATION.replace("<|im_end|>{% endgeneration %}", between)
+    with caplog.at_level(logging.WARNING, "grads_dist"):
+        assert said(tokenizer, template, chat("a", "hello", "b", "four")) == [
+            f"hello{said_last}",
+            f"four{said_last}",
+        ]
+    # Once, and only where the answers have no end.
+    assert caplog.text.count("has no end token") == (said_last == "")
+
+
+def test_next_speaker_is_no_end_of_turn(tokenizer: Any) -> None:
+    """Each role has a token of its own that opens its turn, and nothing closes one."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>{% generation %}{{ m.content }}"
+        "{% endgeneration %}{% else %}<|im_end|>{{ m.content }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    )
+    assert said(tokenizer, template, chat("a", "hello", "b", "four")) == ["hello", "four"]
+
+
+def test_conversation_may_start_with_the_assistant(tokenizer: Any) -> None:
+    template = "{% if messages[0].role == 'system' %}no{% endif %}" + CHATML
+    row = {"messages": [{"role": "assistant", "content": "0 hello"}, *chat("a", "b")["messages"]]}
+    assert said(tokenizer, template, row) == ["0 hello<|im_end|>", "b<|im_end|>"]
+
+
+CALL = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Rome"}}}
+
+
+@pytest.mark.parametrize("template", [CHATML, GENERATION])
+@pytest.mark.parametrize("call", [CALL, CALL["function"]], ids=["nested", "flat"])
+def test_tool_calls_that_the_template_leaves_out_are_refused(
+    tokenizer: Any, template: str, call: dict[str, Any]
+) -> None:
+    messages = chat("is it get_weather?", "a")["messages"]
+    messages[1]["tool_calls"] = [call]
+    with pytest.raises(RowError, match=r"leaves out the call of 'get_weather' in messages\[1\]"):
+        said(tokenizer, template, {"messages": messages})
+    calling = template.replace(
+        "{{ m.content }}",
+        "{{ m.content }}{% for c in m.tool_calls or [] %}{{ (c.function or c).name }}{% endfor %}",
+    )
+    assert said(tokenizer, calling, {"messages": messages}) == ["aget_weather<|im_end|>"]
+    messages[1]["tool_calls"] = [{"function": {}}]
+    with pytest.raises(RowError, match="a call without a function name"):
+        said(tokenizer, template, {"messages": messages})
+
+
+@pytest.mark.parametrize("line_start", ["", "\n", "  "])
+def test_the_date_of_a_template_stands_still(tokenizer: Any, line_start: str) -> None:
+    dated = line_start + "{% if true %}{{ strftime_now('%d %b %Y, %-d') }}{% endif %}"
+    for rest in (CHATML, GENERATION):
+        ids, _ = ChatEncoder(tokenizer, dated + rest).encode(Chat(chat("a", "b")["messages"]), True)
+        other = (line_start if line_start == "\n" else "") + "01 Jan 2025, 1"
+        plain, _ = ChatEncoder(tokenizer, other + rest).encode(Chat(chat("a", "b")["messages"]), True)
+        assert tokenizer.decode(ids.tolist()) == tokenizer.decode(plain.tolist())
+    with pytest.raises(ConfigError, match="broken Jinja, line 2"):
+        ChatEncoder(tokenizer, "{{ strftime_now('%d') }}\n{% for %}").encode(
+            Chat(chat("a", "b")["messages"]), True
+        )
+
+
+def test_a_complaint_of_the_template_is_shortened(tokenizer: Any) -> None:
+    template = "{{ raise_exception(messages[0].content) }}"
+    with pytest.raises(RowError, match="refuses the row: xxx") as failure:
+        said(tokenizer, template, chat("x" * 100_000, "b"))
+    assert len(failure.value.reason) < 300
 
 
 def test_instruct_style_has_no_header(tokenizer: Any) -> None:

@@ -13,11 +13,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_helpers import CHATML, GENERATION, REVERSED, build, chat, make_tokenizer, write_jsonl
+from data_helpers import (
+    CHATML,
+    GENERATION,
+    REVERSED,
+    build,
+    chat,
+    make_spaced_tokenizer,
+    make_tokenizer,
+    write_jsonl,
+)
 from transformers import AutoTokenizer
 
 from grads_dist.data import tokenize as tokenize_module
-from grads_dist.data.layout import Counts, token_hash
+from grads_dist.data.encode import token_hash
+from grads_dist.data.layout import Counts
 from grads_dist.data.store import TokenStore
 from grads_dist.errors import ConfigError, DataError, GradsDistError
 
@@ -39,7 +49,7 @@ def decoded(store: TokenStore, model: Path) -> list[tuple[str, str]]:
     return [(tokenizer.decode(ids.tolist()), tokenizer.decode(ids[loss].tolist())) for ids, loss in rows]
 
 
-def assert_whole(store: TokenStore, num_corpus_rows: int) -> None:
+def assert_whole(store: TokenStore, num_corpus_rows: int, max_length: int = 2048) -> None:
     """Each row of the corpus is in the store once or rejected once, and the store's own promises hold."""
     rejected = [index for index, _ in store.iter_rejected()]
     assert sorted([*store.index.tolist(), *rejected]) == list(range(num_corpus_rows))
@@ -50,7 +60,8 @@ def assert_whole(store: TokenStore, num_corpus_rows: int) -> None:
         assert ids.dtype == np.int32 and loss.dtype == np.bool_ and len(ids) == len(loss)
         assert not loss[0] and loss.sum() == store.num_label_tokens[i] >= 1
         assert len(ids) == store.num_tokens[i] >= 2 and ids.max() < store.vocab_size
-        assert store.token_hash[i] == token_hash(ids)
+        is_cut = len(ids) == max_length
+        assert is_cut or store.token_hash[i] == token_hash(ids, loss)
 
 
 BAD_ROWS: list[tuple[Any, str | None]] = [
@@ -75,7 +86,7 @@ BAD_ROWS: list[tuple[Any, str | None]] = [
 def test_bad_rows_are_rejected_with_their_reason_and_the_others_go_on(tmp_path: Path, model: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [row for row, _ in BAD_ROWS])
     store = build(tmp_path, path, model, max_length=64)
-    assert_whole(store, len(BAD_ROWS))
+    assert_whole(store, len(BAD_ROWS), 64)
     reasons = dict(store.iter_rejected())
     for index, (_, reason) in enumerate(BAD_ROWS):
         assert (reason is None) == (index not in reasons), (index, reasons.get(index))
@@ -136,7 +147,7 @@ def test_tokens_need_no_tokenizer(tmp_path: Path) -> None:
     ]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     store = build(tmp_path, path, tmp_path / "no model", vocab_size=99, max_length=3)
-    assert_whole(store, len(rows))
+    assert_whole(store, len(rows), 3)
     assert [store.tokens(i).tolist() for i in range(2)] == [[5, 6, 7], [5, 6]]
     assert [store.loss_mask(i).tolist() for i in range(2)] == [[False, True, False], [False, True]]
     assert (store.pad_token_id, store.vocab_size, store.num_truncated) == (0, 99, 1)
@@ -148,6 +159,46 @@ def test_tokens_need_no_tokenizer(tmp_path: Path) -> None:
         "labels[0] is 6 but input_ids[0] is 5; allowed: the token itself or -100 (labels are not shifted)",
     ]
     assert build(tmp_path, path, tmp_path / "no model").vocab_size == 100
+
+
+def test_hash_is_that_of_the_whole_row_and_what_carries_loss(tmp_path: Path, model: Path) -> None:
+    rows = [
+        {"input_ids": [5, 6, 7, 8]},
+        {"input_ids": [5, 6, 7, 9]},
+        {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, -100]},
+        {"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]},
+    ]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    first, *others, last = build(tmp_path, path, model, max_length=3).token_hash.tolist()
+    # The first token is predicted by nothing, so its label makes no difference.
+    assert len({first, *others}) == 3 and last == first
+    assert first == token_hash(np.array([5, 6, 7, 8]), np.array([False, True, True, True]))
+
+
+def test_no_space_is_added_where_a_completion_begins(tmp_path: Path) -> None:
+    model = make_spaced_tokenizer(tmp_path / "model")
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "hello hello ", "completion": "world"}])
+    store = build(tmp_path, path, model)
+    assert AutoTokenizer.from_pretrained(model).convert_ids_to_tokens(store.tokens(0)) == [
+        "▁hello", "▁hello", "▁world", "</s>",
+    ]  # fmt: skip
+    assert store.loss_mask(0).tolist() == [False, False, True, True]
+
+
+def test_what_a_reason_quotes_is_shortened(tmp_path: Path, model: Path) -> None:
+    long = "x" * 100_000
+    rows: list[Any] = [
+        {"messages": [{"role": long, "content": "a"}]},
+        {"messages": [{"role": [long], "content": "a"}]},
+        {long: 1},
+        "1" * 4000,
+        chat("a", "b"),
+    ]
+    store = build(tmp_path, write_jsonl(tmp_path / "a.jsonl", rows), model)
+    reasons = [reason for _, reason in store.iter_rejected()]
+    assert len(reasons) == 4 and max(map(len, reasons)) < 250
+    assert reasons[0].startswith("unknown role 'xxxx") and "x...;" not in reasons[2]
+    assert "x... in messages[0]; allowed: system" in reasons[0]
 
 
 def same_files(first: Path, second: Path) -> None:

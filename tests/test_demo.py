@@ -284,3 +284,18 @@ def test_earlier_run_is_kept_on_request(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="output_dir"):
         demo(str(tmp_path), overwrite=False, size=TINY)
     assert (tmp_path / "manifest.json").read_text() == "{}"
+
+
+def test_earlier_assets_are_kept_on_request(tmp_path: Path) -> None:
+    corpus = tmp_path / "run_assets" / "corpus.jsonl"
+    corpus.parent.mkdir()
+    corpus.write_text("mine")
+    with pytest.raises(ConfigError, match="output_dir: .*run_assets"):
+        demo(str(tmp_path / "run"), overwrite=False, size=TINY)
+    assert corpus.read_text() == "mine" and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("folder", [".", "..", "/"])
+def test_a_folder_without_a_name_is_refused(folder: str) -> None:
+    with pytest.raises(ConfigError, match="output_dir: .*a folder with a name"):
+        demo(folder, overwrite=True, size=TINY)

@@ -48,6 +48,7 @@ def test_every_file_is_there(finished):
     files = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
     fixed = {name for name in files if "shard-" not in name}
     assert fixed == {
+        ".grads_dist",
         "config.yaml",
         "environment.json",
         "manifest.json",

@@ -79,6 +79,8 @@ def test_slurm_uneven_nodes():
         ("n1", "n1"),
         ("a-b.c,d", "a-b.c"),
         ("rack[2-4]-gpu,x", "rack2-gpu"),
+        ("rack[1-2]node[1-4]", "rack1node1"),
+        ("r[07,9]n[03-4]-x,m[1-2]", "r07n03-x"),
     ],
 )
 def test_first_host(nodelist, first):
@@ -195,15 +197,62 @@ def test_create_refuses_a_run_and_overwrites_on_request(tmp_path):
         run.create(overwrite=False)
     assert run.scores_dir.exists()
     run.create(overwrite=True)
-    assert [path.name for path in run.root.iterdir()] == ["notes.txt"]
+    assert sorted(path.name for path in run.root.iterdir()) == [".grads_dist", "notes.txt"]
 
 
-def test_overwrite_spares_a_folder_that_is_no_run(tmp_path):
-    (tmp_path / "scores").mkdir()
-    (tmp_path / "scores" / "exam.txt").write_text("precious")
-    with pytest.raises(ConfigError, match="no config.yaml"):
-        RunDir(tmp_path).create(overwrite=True)
-    assert (tmp_path / "scores" / "exam.txt").read_text() == "precious"
+OWN = ("config.yaml", "logs", "features", "scores", "selection", "scores.parquet", "manifest.json",
+       "rejected.jsonl", "environment.json")  # fmt: skip
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", OWN)
+def test_a_folder_that_no_run_made_is_refused_and_spared(tmp_path, name, overwrite):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "exam.txt").write_text("precious")
+    with pytest.raises(ConfigError, match=rf"output_dir: .*holds {name} but no \.grads_dist"):
+        RunDir(tmp_path).create(overwrite)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name / "exam.txt").read_text() == "precious"
+
+
+def test_overwrite_removes_what_a_run_writes_and_nothing_else(tmp_path):
+    run = RunDir(tmp_path)
+    run.create(overwrite=False)
+    for name in (*OWN, "model", "checkpoints"):
+        (run.root / name).mkdir()
+    (run.root / "report.html").write_text("the user's own")
+    run.create(overwrite=True)
+    assert sorted(path.name for path in run.root.iterdir()) == [
+        ".grads_dist", "checkpoints", "model", "report.html"
+    ]  # fmt: skip
+
+
+def test_overwrite_removes_links_and_not_what_they_point_to(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "data").write_text("precious")
+    run = RunDir(tmp_path / "run")
+    run.create(overwrite=False)
+    (run.root / "features").symlink_to(elsewhere)
+    (run.root / "config.yaml").symlink_to(elsewhere / "data")
+    (run.root / "scores").symlink_to(tmp_path / "gone")
+    with pytest.raises(ConfigError, match="holds a run already"):
+        run.create(overwrite=False)
+    run.create(overwrite=True)
+    assert [path.name for path in run.root.iterdir()] == [".grads_dist"]
+    assert (elsewhere / "data").read_text() == "precious"
+
+
+def test_check_touches_nothing(tmp_path):
+    run = RunDir(tmp_path / "a" / "run")
+    run.check(overwrite=True)
+    assert list(tmp_path.iterdir()) == []
+    run.create(overwrite=False)
+    run.manifest.write_text("{}")
+    run.check(overwrite=True)
+    assert sorted(path.name for path in run.root.iterdir()) == [".grads_dist", "manifest.json"]
+    with pytest.raises(ConfigError, match="holds a run already"):
+        run.check(overwrite=False)
 
 
 def test_create_refuses_a_folder_that_cannot_be_written(tmp_path):

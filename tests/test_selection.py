@@ -10,14 +10,16 @@ import pyarrow.parquet as pq
 import pytest
 from selection_tables import TARGETS, clustered_features, score_table, with_column
 
+from grads_dist.config import Config
 from grads_dist.data.config import DataConfig
 from grads_dist.data.corpus import Corpus
 from grads_dist.errors import ConfigError, DataError
+from grads_dist.probe.config import ProbeConfig
 from grads_dist.runtime.rundir import RunDir
 from grads_dist.selection.config import SelectionConfig, Weights
 from grads_dist.selection.controls import CONTROLS, length_bins
 from grads_dist.selection.ranks import r
-from grads_dist.selection.run import run_selection
+from grads_dist.selection.run import check_selection, run_selection
 from grads_dist.selection.select import needed_columns, select
 from grads_dist.similarity.config import SimilarityConfig
 
@@ -229,7 +231,8 @@ def test_few_rows_and_identical_rows(n, identical):
         json.dumps(result.summary, allow_nan=False)
     if identical:
         assert choose(table, features, rows=2).selected_index.tolist() == list(range(min(n, 2)))
-        assert choose(table, features, rows=n, dedup_threshold=1.0).selected_index.tolist() == [0]
+        # All are equal to the mean, so that no row is a neighbour of another.
+        assert choose(table, features, rows=n, dedup_threshold=1.0).selected.all()
 
 
 def test_one_row_scores_the_middle():
@@ -248,8 +251,7 @@ def test_more_neighbours_than_rows():
 def test_features_that_say_nothing(value):
     result = choose(score_table(40), np.full((40, 5), value, np.float16), rows=4)
     assert len(set(result.diversity)) == 1
-    assert (result.redundancy[1:] >= 0).all()
-    assert (np.count_nonzero(result.redundancy) == 39) == bool(np.isfinite(value))
+    assert (result.redundancy == 0).all() and (result.neighbour == -1).all()
 
 
 def test_a_constant_signal_leaves_the_choice_to_diversity():
@@ -375,7 +377,12 @@ def test_a_run_directory_gets_subset_table_and_summary(run):
     assert sorted(table.column("rank").to_pylist()) == list(range(1, 10))
     in_memory = select(run.table, clustered_features(60), SelectionConfig(rows=9), SIMILARITY, TARGETS)
     assert index == in_memory.selected_index.tolist()
-    assert json.loads((folder / "summary.json").read_text()) == summary
+    written = json.loads((folder / "summary.json").read_text())
+    assert written == json.loads(json.dumps(summary))
+    assert SelectionConfig(
+        **written["selection"] | {"weights": Weights(**written["selection"]["weights"])}
+    ) == (SelectionConfig(rows=9, name="mine"))
+    assert SimilarityConfig(**written["similarity"]) == SIMILARITY
     assert summary["subset"] == "subset.jsonl"
     assert (summary["counts"]["corpus"], summary["counts"]["rejected"]) == (80, 20)
 
@@ -415,3 +422,48 @@ def test_features_are_not_opened_when_no_term_needs_them(run):
     assert (
         run_selection(configure(rows=5, weights=NO_GRAPH), run.rundir, run.corpus)["counts"]["selected"] == 5
     )
+
+
+NO_FEATURES = ProbeConfig(features="none")
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"probe": NO_FEATURES}, "probe.features: none is not allowed"),
+        (
+            {"probe": NO_FEATURES, "selection": SelectionConfig(weights=NO_GRAPH, dedup_threshold=0.9)},
+            "probe.features: none",
+        ),
+        (
+            {"similarity": SimilarityConfig(features="other")},
+            "similarity.features: 'other'.*allowed: content",
+        ),
+        ({"similarity": SimilarityConfig(device="cuda")}, "similarity.device: cuda is not available"),
+        (
+            {"selection": SelectionConfig(signal=["loss", "nope.max"])},
+            "selection.signal: 'nope.max'.*allowed: index, .*embedding.max",
+        ),
+    ],
+)
+def test_what_would_stop_the_selection_is_found_before_the_probe(monkeypatch, sections, words):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match=words):
+        check_selection(Config(data=DataConfig(path="x"), **sections), TARGETS)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"probe": NO_FEATURES, "selection": SelectionConfig(weights=NO_GRAPH)},
+        {"selection": SelectionConfig(signal=["loss", "embedding.max"])},
+        {
+            "selection": SelectionConfig(weights=NO_GRAPH),
+            "similarity": SimilarityConfig(device="cuda", features="x"),
+        },
+    ],
+)
+def test_what_the_probe_will_write_is_enough_for_the_selection(monkeypatch, sections):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    check_selection(Config(data=DataConfig(path="x"), **sections), TARGETS)

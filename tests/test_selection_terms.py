@@ -18,6 +18,7 @@ from grads_dist.selection.criteria import GradientCriterion, gradient_criterion
 from grads_dist.selection.density import density, gaussian_kde, improved_sheather_jones, silverman
 from grads_dist.selection.diversity import diversity
 from grads_dist.selection.noise import uniform
+from grads_dist.selection.pick import keep_distinct
 from grads_dist.selection.ranks import positions, r, ranking, z
 from grads_dist.selection.redundancy import redundancy
 from grads_dist.selection.score import combine
@@ -406,14 +407,26 @@ def test_only_the_best_of_a_large_group_of_copies_is_not_redundant():
 
 
 def test_redundancy_where_every_cosine_is_one():
-    identical = knn(np.ones((5, 3), np.float16), SimilarityConfig(k=2, index="torch", device="cpu"))
-    found = redundancy(identical, np.array([0.1, 0.5, 0.5, 0.2, 0.3]))
-    assert found.values.tolist() == [1, 0, 1, 1, 1] and found.shadow.tolist() == [1, -1, 1, 1, 1]
+    two_points = np.repeat(np.eye(2, dtype=np.float16), 5, axis=0)
+    identical = knn(two_points, SimilarityConfig(k=2, index="torch", device="cpu"))
+    found = redundancy(identical, np.array([0.1, 0.5, 0.5, 0.2, 0.3] * 2))
+    assert found.tau == 1.0
+    assert found.values.tolist() == [1, 0, 1, 1, 1] * 2
+    assert found.shadow.tolist() == [1, -1, 1, 1, 1, 6, -1, 6, 6, 6]
     ids = np.array([[1], [0], [0]])
     graph = Neighbours(ids, np.array([[1.0], [1.0], [0.9]], np.float32), np.arange(3))
     at_one = redundancy(graph, np.array([3.0, 2.0, 1.0]))
     assert at_one.tau == 1.0
     assert at_one.values.tolist() == [0, 1, 0] and at_one.shadow.tolist() == [-1, 0, -1]
+
+
+def test_rows_equal_to_the_mean_neither_shadow_nor_are_shadowed():
+    features = np.concatenate([np.zeros((3, 2)), np.eye(2), -np.eye(2)]).astype(np.float32)
+    graph = knn(features, SimilarityConfig(k=2, index="torch", device="cpu"))
+    found = redundancy(graph, np.array([0.9, 0.8, 0.7, 0.4, 0.3, 0.2, 0.1]))
+    assert (found.values[:3] == 0).all() and not np.isin(found.shadow, [0, 1, 2]).any()
+    kept = keep_distinct(np.arange(7.0), np.ones(7, bool), graph, 0.5)
+    assert kept.all()
 
 
 def test_a_row_without_neighbours_is_at_distance_one():

@@ -50,7 +50,7 @@ def check_graph(graph, features, k):
 def test_knn_equals_brute_force(library, n, dims, k):
     features = (np.random.default_rng(n).normal(size=(n, dims)) + 2).astype(np.float16)
     graph = knn(features, SimilarityConfig(k=k, index=library, device="cpu"))
-    assert graph.ids.shape == graph.cosine.shape == (n, k)
+    assert graph.ids.shape == graph.cosine.shape == (n, min(k, n - 1))
     assert graph.ids.dtype == np.int64 and graph.cosine.dtype == np.float32
     check_graph(graph, features, k)
 
@@ -101,7 +101,7 @@ def test_rows_without_direction_have_no_neighbours_and_are_nobodys(library, capl
     assert (graph.ids[bad] == -1).all() and np.isnan(graph.cosine[bad]).all()
     assert not np.isin(graph.ids, bad).any()
     assert "6 of 64 rows have no direction" in caplog.text
-    assert graph.group[60:].tolist() == [60] * 4
+    assert graph.group[60:].tolist() == [60, 61, 62, 63]
     assert graph.group[[7, 37]].tolist() == [7, 37]
     check_graph(graph, features, 5)
 
@@ -110,8 +110,14 @@ def test_rows_without_direction_have_no_neighbours_and_are_nobodys(library, capl
 def test_all_rows_identical_or_hardly_any(n):
     features = np.full((n, 3), 0.1, np.float32)
     graph = knn(features, SimilarityConfig(k=4, index="torch", device="cpu"))
-    assert (graph.ids == -1).all() and graph.ids.shape == (n, 4)
-    assert (graph.group == 0).all()
+    assert (graph.ids == -1).all() and graph.ids.shape == (n, max(0, min(4, n - 1)))
+    assert graph.group.tolist() == list(range(n))
+
+
+def test_a_k_beyond_the_corpus_takes_no_memory_for_it():
+    features = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+    graph = knn(features, SimilarityConfig(k=10**15, index="torch", device="cpu"))
+    assert graph.ids.shape == (6, 5) and (graph.ids >= 0).all()
 
 
 def test_unit_vectors_are_centred_over_all_blocks(monkeypatch):

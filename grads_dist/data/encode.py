@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,14 @@ class EncodedRow:
     tokens: np.ndarray
     loss: np.ndarray
     is_truncated: bool
+    token_hash: int
+    """Of the whole row, before it was cut at max_length."""
+
+
+def token_hash(ids: np.ndarray, loss: np.ndarray) -> int:
+    """The first 8 bytes of blake2b over little-endian int32 `ids`, then `loss` as bytes; signed."""
+    content = ids.astype("<i4").tobytes() + loss.astype(np.uint8).tobytes()
+    return int.from_bytes(blake2b(content, digest_size=8).digest(), "little", signed=True)
 
 
 class RowEncoder:
@@ -95,7 +104,8 @@ class RowEncoder:
     def _frame(self, text: str, start: int) -> tuple[np.ndarray, np.ndarray]:
         """`text` between a document's special tokens; characters from `start` on and the end carry loss."""
         spans = tokenize_spans(self.tokenizer, text, [start])
-        loss = spans.starts >= start
+        # A token across the start says a part of what is to be learned.
+        loss = (spans.starts >= start) | (spans.ends > start)
         head = [] if len(spans.ids) and spans.ids[:1].tolist() == self._head else self._head
         tail = [] if len(spans.ids) and spans.ids[-1:].tolist() == self._tail else self._tail
         ids = np.concatenate([np.array(head, dtype=np.int64), spans.ids, np.array(tail, dtype=np.int64)])
@@ -111,12 +121,14 @@ class RowEncoder:
             k = int(np.flatnonzero(outside)[0])
             size = "" if self._vocab_size is None else f" of {self._vocab_size}"
             raise RowError("token id", f"token id {ids[k]} at position {k} is outside the vocabulary{size}")
-        loss = loss[:limit].copy()
+        loss = loss.copy()
         loss[0] = False
+        whole_hash = token_hash(ids, loss)
+        loss = loss[:limit]
         if not loss.any():
             cut = f" within max_length {limit} (the row has {length} tokens)" if length > limit else ""
             raise RowError("no loss", f"no token carries loss{cut}")
-        return EncodedRow(ids[:limit].astype(np.int32), loss, length > limit)
+        return EncodedRow(ids[:limit].astype(np.int32), loss, length > limit, whole_hash)
 
 
 def _text_frame(tokenizer: Any) -> tuple[list[int], list[int]]:

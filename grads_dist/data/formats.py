@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from grads_dist.data.config import DataConfig
-from grads_dist.data.rows import RowError, kind_of_value
+from grads_dist.data.rows import RowError, kind_of_value, shorten
 from grads_dist.errors import ConfigError, DataError
 
 RowFormat = Literal["messages", "prompt_completion", "text", "tokens"]
@@ -62,7 +62,7 @@ def resolve_format(config: DataConfig, columns: list[str], is_schema: bool = Fal
     columns: those of the first rows, or of all if `is_schema` is set. Raises DataError when no format fits or
     a column that is asked for does not exist, ConfigError when several fit.
     """
-    found = ", ".join(map(repr, columns)) or "none"
+    found = ", ".join(shorten(repr(column)) for column in columns) or "none"
     for name, column in config.columns.items():
         if column not in columns:
             raise DataError(f"data.columns.{name}: no column {column!r} in the first rows; found: {found}")
@@ -110,7 +110,7 @@ def read_example(row: dict[str, Any], config: DataConfig, row_format: RowFormat)
 
 def _column(row: dict[str, Any], name: str) -> Any:
     if name not in row:
-        found = ", ".join(map(repr, list(row)[:8])) or "none"
+        found = ", ".join(shorten(repr(key)) for key in list(row)[:8]) or "none"
         raise RowError("missing column", f"no column {name!r}; the row has: {found}")
     return row[name]
 
@@ -135,7 +135,7 @@ def _message(value: object, where: str) -> dict[str, Any]:
     # Parquet gives every message every field of the schema; templates test for presence.
     message = {key: field for key, field in value.items() if field is not None}
     if message.get("role") not in ROLES:
-        fault = f"unknown role {message['role']!r}" if "role" in message else "no role"
+        fault = f"unknown role {shorten(repr(message['role']))}" if "role" in message else "no role"
         raise RowError("unknown role", f"{fault} in {where}; allowed: {', '.join(ROLES)}")
     if "content" in message or not message.get("tool_calls"):
         _text(message.get("content"), f"{where}.content")
@@ -185,5 +185,5 @@ def _integers(value: object, where: str) -> np.ndarray:
         if type(item) is not int:
             raise RowError("wrong type", f"{where}[{k}] is {kind_of_value(item)}, not a whole number")
         if not -(2**31) <= item < 2**31:
-            raise RowError("token id", f"{where}[{k}] is {item}, which is no token id")
+            raise RowError("token id", f"{where}[{k}] is {shorten(str(item))}, which is no token id")
     return np.array(value, dtype=np.int64)

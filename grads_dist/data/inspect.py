@@ -6,6 +6,7 @@ from collections import Counter
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from grads_dist.data.config import DataConfig
 from grads_dist.data.corpus import Corpus
 from grads_dist.data.encode import EncodedRow, Encoding, RowEncoder
 from grads_dist.data.formats import read_id, resolve_format
@@ -25,15 +26,16 @@ def inspect(config: Config, count: int) -> str:
     """Text that shows the first `count` usable rows: tokens that carry loss between ⟦ and ⟧.
 
     Rows that cannot be used on the way there are listed with their reasons; after 1000 rows it stops. Rows
-    take the same way as in `tokenize`. Raises what that raises.
+    take the same way as in `run`: cut at the model's context, refused beyond its vocabulary. Raises what
+    `tokenize` raises, and ConfigError when the model that is named has no configuration.
     """
-    data = config.data
+    data, vocab_size = _as_run(config)
     corpus = Corpus.open(data)
     source = TokenizerSource(
         config.model.name_or_path or "", config.model.revision, config.model.trust_remote_code
     )
     row_format = resolve_format(data, corpus.columns(), is_schema=corpus.kind == "parquet")
-    encoding = Encoding(data, row_format, source)
+    encoding = Encoding(data, row_format, source, vocab_size)
     encoder = RowEncoder(encoding)
     tokenizer = _tokenizer_to_show(encoder, source)
     samples: list[str] = []
@@ -50,6 +52,17 @@ def inspect(config: Config, count: int) -> str:
             rejected.append((index, error))
     head = f"{corpus.num_rows} rows of {row_format}; loss on {encoder.mask}, marked {OPEN}so{CLOSE}"
     return "\n\n".join([head, *samples, *_rejections(rejected, len(samples))]) + "\n"
+
+
+def _as_run(config: Config) -> tuple[DataConfig, int | None]:
+    """The data settings within the model's limits, and its vocabulary size; as they are without a model."""
+    if not config.model.name_or_path:
+        return config.data, None
+    from grads_dist.model.context import within_context
+    from grads_dist.model.load import load_text_config
+
+    text_config = load_text_config(config.model)
+    return within_context(config.data, text_config), text_config.vocab_size
 
 
 def _tokenizer_to_show(encoder: RowEncoder, source: TokenizerSource) -> Any:

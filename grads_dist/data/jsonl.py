@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from grads_dist.data.rows import Broken, kind_of_value
+from grads_dist.data.rows import Broken, kind_of_value, shorten
 from grads_dist.data.scan import Scan
 
 _ROWS_PER_READ = 4096
@@ -50,7 +50,7 @@ class JsonlFile:
         except json.JSONDecodeError as error:
             return Broken(f"broken JSON ({where}: {error.msg} at column {error.colno})")
         except (ValueError, RecursionError) as error:
-            return Broken(f"broken JSON ({where}: {error})")
+            return Broken(f"broken JSON ({where}: {shorten(str(error))})")
         if not isinstance(row, dict):
             return Broken(f"the row is {kind_of_value(row)}, not an object ({where})")
         return row

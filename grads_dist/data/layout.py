@@ -7,7 +7,6 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -60,12 +59,6 @@ class Counts:
         self.examples = {**other.examples, **self.examples}
 
 
-def token_hash(tokens: np.ndarray) -> int:
-    """The first 8 bytes of blake2b over the little-endian int32 `tokens`, as a signed integer."""
-    digest = blake2b(tokens.astype("<i4").tobytes(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
-
-
 class ChunkWriter:
     """Writes the encoded rows of one contiguous part of the corpus to a folder, buffer by buffer."""
 
@@ -95,7 +88,7 @@ class ChunkWriter:
             "index": [index],
             "num_tokens": [len(row.tokens)],
             "num_label_tokens": [int(row.loss.sum())],
-            "token_hash": [token_hash(row.tokens)],
+            "token_hash": [row.token_hash],
             "id_bytes": np.frombuffer(name_bytes, dtype=np.uint8),
             "id_lengths": [len(name_bytes)],
         }

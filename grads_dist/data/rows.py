@@ -10,6 +10,14 @@ class Broken:
     reason: str
 
 
+_MOST_QUOTED = 80
+
+
+def shorten(text: str, length: int = _MOST_QUOTED) -> str:
+    """`text` with at most about `length` characters: what a reason quotes can be as long as a row."""
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
 class RowError(Exception):
     """A row cannot be used; `reason` is one clear line and `kind` groups rows that failed alike."""
 
@@ -26,7 +34,7 @@ def kind_of_value(value: object) -> str:
     if isinstance(value, bool):
         return "a boolean"
     if isinstance(value, (int, float)):
-        return f"a number ({value})"
+        return f"a number ({shorten(str(value))})"
     if isinstance(value, str):
         return "text"
     if isinstance(value, dict):

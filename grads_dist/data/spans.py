@@ -26,10 +26,11 @@ class Spans:
 
 
 def tokenize_spans(tokenizer: Any, text: str, cuts: Iterable[int]) -> Spans:
-    """Tokenize `text` as a whole, adding no special tokens; no token crosses a cut (a character position).
+    """Tokenize `text` as a whole, adding no special tokens, and apart at the cuts (character positions).
 
-    Where one would, the text is tokenized apart on both sides of that cut, as it is when a model is prompted
-    up to there. Raises RowError for text that is not valid Unicode.
+    Apart only where a token would cross a cut, as it is when a model is prompted up to there, and if that
+    leaves the text as it is: a tokenizer that puts a space before every text would add one at the cut, and a
+    token across it is kept. Raises RowError for text that is not valid Unicode.
     """
     whole = _tokenize(tokenizer, text)
     crossed = [cut for cut in sorted(set(cuts)) if np.any((whole.starts < cut) & (cut < whole.ends))]
@@ -39,11 +40,17 @@ def tokenize_spans(tokenizer: Any, text: str, cuts: Iterable[int]) -> Spans:
     pieces = [
         _tokenize(tokenizer, text[start:end], start) for start, end in zip(edges, edges[1:], strict=False)
     ]
-    return Spans(
+    apart = Spans(
         np.concatenate([piece.ids for piece in pieces]),
         np.concatenate([piece.starts for piece in pieces]),
         np.concatenate([piece.ends for piece in pieces]),
     )
+    return apart if _decode(tokenizer, apart) == _decode(tokenizer, whole) else whole
+
+
+def _decode(tokenizer: Any, spans: Spans) -> str:
+    ids = spans.ids.tolist()
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def _tokenize(tokenizer: Any, text: str, shift: int = 0) -> Spans:

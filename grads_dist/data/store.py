@@ -12,7 +12,7 @@ import numpy as np
 from grads_dist.data.layout import META, REJECTED
 from grads_dist.errors import DataError
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class Ids(Sequence[str]):

@@ -14,7 +14,7 @@ from grads_dist.data.config import DataConfig
 from grads_dist.demo.assets import Assets, Stopwatch, build_assets
 from grads_dist.demo.report import demo_report
 from grads_dist.demo.size import DemoSize
-from grads_dist.errors import GradsDistError
+from grads_dist.errors import ConfigError, GradsDistError
 from grads_dist.model.config import ModelConfig
 from grads_dist.probe.config import ProbeConfig
 from grads_dist.runtime.rundir import RunDir
@@ -31,14 +31,14 @@ def demo(
 ) -> str:
     """Build a corpus and a model, run the pipeline on them in `processes` ranks, return the text to print.
 
-    Corpus, model and configuration go to `<output_dir>_assets`, the run to `output_dir`; an earlier run there
-    is replaced, unless `overwrite` is off. Raises ConfigError when `output_dir` cannot be used,
+    Corpus, model and configuration go to `<output_dir>_assets`, the run to `output_dir`; what an earlier demo
+    left in both is replaced, unless `overwrite` is off. Raises ConfigError when they cannot be used,
     DataError when too few docstrings are installed, GradsDistError when the run fails.
     """
     size = size or DemoSize()
     run = RunDir(Path(output_dir))
+    folder = _assets_folder(run, overwrite)
     run.create(overwrite)
-    folder = run.root.with_name(f"{run.root.name}_assets")
     watch = Stopwatch()
     assets = build_assets(folder, size, watch)
     config_path = folder / "config.yaml"
@@ -50,6 +50,20 @@ def demo(
     if outcome.returncode != 0:
         raise GradsDistError(f"the demo's run ended with exit code {outcome.returncode}; see {run.logs_dir}")
     return demo_report(run, assets, processes, watch.seconds)
+
+
+def _assets_folder(run: RunDir, overwrite: bool) -> Path:
+    if run.root.name in ("", ".."):
+        raise ConfigError(
+            f"output_dir: {str(run.root)!r} is not allowed; allowed: a folder with a name, such as runs/demo"
+        )
+    folder = run.root.with_name(f"{run.root.name}_assets")
+    if folder.exists() and not overwrite:
+        raise ConfigError(
+            f"output_dir: {str(folder)!r}, where the demo's corpus and model go, is there already; "
+            "allowed: another folder, or --overwrite to replace it"
+        )
+    return folder
 
 
 def demo_config(assets: Assets, run: RunDir, size: DemoSize) -> Config:

@@ -43,6 +43,8 @@ def run_probe(config: Config, ranks: Ranks, rundir: RunDir, store: TokenStore) -
         num_steps = 0
     else:
         num_steps = _train(work, sweep)
+    # Ranks end at different times, and the collective below would time out.
+    ranks.barrier()
     return {
         "targets": {name: {"numel": numel} for name, numel in session.targets.numel.items()},
         "features": {} if features is None else {probe.features: {"weights": "initial"}},

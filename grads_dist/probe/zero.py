@@ -43,6 +43,9 @@ REFUSED = (
 )
 """Sections that change what a rank's gradient or batch is, for which there is no rule."""
 
+DEEPSPEED_OPTIMIZERS = ("adam", "adamw", "lamb", "lion", "muon", "onebitadam", "onebitlamb", "zerooneadam")
+"""Optimizers that DeepSpeed has under its own names, beside those of torch.optim."""
+
 SECTION_OF_DTYPE = {"bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -134,6 +137,9 @@ def fill_auto(
     config.setdefault("optimizer", copy.deepcopy(DEFAULT["optimizer"]))
     # Unset, DeepSpeed clips as if at 1.0.
     config.setdefault("gradient_clipping", "auto")
+    kind = str(config["optimizer"].get("type", ""))
+    if kind.lower() not in DEEPSPEED_OPTIMIZERS and not hasattr(torch.optim, kind):
+        raise ConfigError(f"deepspeed: optimizer.type {kind!r} is not known; AdamW is the usual one")
     config["bf16"] = {**config.get("bf16", {}), "enabled": dtype == torch.bfloat16}
     config["fp16"] = {**config.get("fp16", {}), "enabled": dtype == torch.float16}
     config.setdefault("steps_per_print", 2**31)

@@ -80,15 +80,13 @@ def finish(placement: Placement) -> None:
 
 def first_host(nodelist: str) -> str:
     """The first host of a Slurm node list: `n[03-05,9],m1` gives `n03`."""
-    match = re.match(r"([^,\[]+)(?:\[([^\]]*)\]([^,]*))?", nodelist)
+    # The first element ends at the first comma outside brackets; it may hold several brackets.
+    match = re.match(r"(?:[^,\[\]]|\[[^\[\]]+\])+", nodelist)
     if match is None:
         raise ConfigError(
             f"SLURM_NODELIST: {nodelist!r} is not a node list; allowed: names such as n[1-3],m1"
         )
-    prefix, numbers, suffix = match.groups()
-    if numbers is None:
-        return prefix
-    return prefix + re.split(r"[-,]", numbers)[0] + suffix
+    return re.sub(r"\[([^-,\]]+)[^\]]*\]", r"\1", match.group())
 
 
 def _from_torch(env: Mapping[str, str]) -> Placement:

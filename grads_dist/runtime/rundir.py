@@ -3,22 +3,19 @@
 import contextlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from grads_dist.errors import ConfigError
 
-# What a run may leave behind; nothing else is ever removed from a user's folder.
-_FILES = (
-    "config.yaml",
-    "environment.json",
-    "manifest.json",
-    "scores.parquet",
-    "rejected.jsonl",
-    "report.html",
-)
-_FOLDERS = ("scores", "features", "selection", "logs", "checkpoints", "model")
+MARKER = ".grads_dist"
+"""File that says that a folder is a run directory, so that what it holds may be replaced on request."""
+
+# All that a run writes; nothing else is ever removed, and nothing in a folder without the marker.
+_RESULTS = ("manifest.json", "scores.parquet", "scores", "features", "selection")
+_WRITTEN = (*_RESULTS, "config.yaml", "environment.json", "rejected.jsonl", "logs")
 
 
 @dataclass(frozen=True)
@@ -77,42 +74,53 @@ class RunDir:
         """Everything of the selection `name`."""
         return self.root / "selection" / name
 
-    def create(self, overwrite: bool) -> None:
-        """Make the folder ready for a new run; an earlier run in it goes if `overwrite` is set.
+    @property
+    def marker(self) -> Path:
+        """Marks the folder as a run directory."""
+        return self.root / MARKER
 
-        Raises ConfigError when results are there and may not go, or when the folder cannot be written.
+    def check(self, overwrite: bool) -> None:
+        """Raise the errors of `create` before any work is done; leaves the folder as it is.
+
+        Raises ConfigError when the folder holds results that may not go, or files of these names that no run
+        wrote, or cannot be written.
         """
-        parts = (self.manifest, self.scores, self.scores_dir, self.root / "features")
-        results = [path.name for path in parts if path.exists()]
-        if results and not overwrite:
+        try:
+            found = [name for name in _WRITTEN if os.path.lexists(self.root / name)]
+            marked = self.marker.is_file()
+            _check_writable(self.root)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        if found and not marked:
             raise ConfigError(
-                f"output_dir: {str(self.root)!r} holds a run already ({results[0]}); "
-                "allowed: another folder, or --overwrite to replace it"
-            )
-        if results and not self.config.exists():
-            raise ConfigError(
-                f"output_dir: {str(self.root)!r} holds {results[0]} but no config.yaml, so it may be no run; "
+                f"output_dir: {str(self.root)!r} holds {found[0]} but no {MARKER}, so no run made it; "
                 "allowed: another folder"
             )
-        try:
-            if results:
-                self._remove_run()
-            self.root.mkdir(parents=True, exist_ok=True)
-            with atomic_write(self.root / ".writable") as path:
-                path.touch()
-            (self.root / ".writable").unlink()
-        except OSError as error:
+        if not overwrite and any(name in _RESULTS for name in found):
             raise ConfigError(
-                f"output_dir: {str(self.root)!r} cannot be written ({error.strerror}); "
-                "allowed: a writable folder"
-            ) from error
+                f"output_dir: {str(self.root)!r} holds a run already ({found[0]}); "
+                "allowed: another folder, or --overwrite to replace it"
+            )
 
-    def _remove_run(self) -> None:
-        for name in _FILES:
-            (self.root / name).unlink(missing_ok=True)
-        for name in _FOLDERS:
-            if (self.root / name).exists():
-                shutil.rmtree(self.root / name)
+    def create(self, overwrite: bool) -> None:
+        """Make and mark the folder for a new run; what an earlier run wrote goes if `overwrite` is set.
+
+        Without `overwrite` a run that left no results may be started again. Errors are those of `check`.
+        """
+        self.check(overwrite)
+        try:
+            if overwrite:
+                for name in _WRITTEN:
+                    _remove(self.root / name)
+            self.root.mkdir(parents=True, exist_ok=True)
+            self.marker.touch()
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> ConfigError:
+        return ConfigError(
+            f"output_dir: {str(self.root)!r} cannot be written ({error.strerror}); allowed: a writable folder"
+        )
 
 
 @contextlib.contextmanager
@@ -130,6 +138,22 @@ def atomic_write(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise OSError unless files can be made in `folder`, or in the nearest folder above it that exists."""
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder; of a link the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -16,6 +16,8 @@ Bandwidth = Literal["silverman", "isj"]
 Pick = Literal["topk"]
 
 DEFAULT_FRACTION = 0.1
+LONGEST_NAME = 100
+"""Characters of `name`; file systems allow 255 bytes."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class SelectionConfig:
     detrend: bool = False
     """Remove from the signal its trend over the steps of the preliminary epoch (mode train)."""
 
-    band: list[float] = field(default_factory=lambda: [0.25, 0.75])
+    band: tuple[float, float] = (0.25, 0.75)
     """Quantile range of the signal that the criterion band keeps."""
 
     zscore: float = 2.0
@@ -102,6 +104,12 @@ class SelectionConfig:
             raise ConfigError(
                 f"selection.name: {self.name!r} is not a folder name (letters, digits and _ . + -)"
             )
+        if len(self.name) > LONGEST_NAME:
+            raise ConfigError(
+                f"selection.name: {self.name!r} is too long; allowed: at most {LONGEST_NAME} characters"
+            )
+        # A list from a file and a tuple from Python are the same configuration.
+        object.__setattr__(self, "band", tuple(self.band))
         self._check_choices()
         self._check_budget()
         self._check_ranges()
@@ -145,10 +153,10 @@ class SelectionConfig:
     def _check_ranges(self) -> None:
         if len(self.band) != 2 or not 0 <= self.band[0] < self.band[1] <= 1:
             raise ConfigError(
-                f"selection.band: {self.band} is not allowed; "
+                f"selection.band: {list(self.band)} is not allowed; "
                 "allowed: two quantiles [low, high], 0 <= low < high <= 1"
             )
-        if not self.zscore > 0:
+        if not (math.isfinite(self.zscore) and self.zscore > 0):
             raise ConfigError(f"selection.zscore: {self.zscore} is not allowed; allowed: a number above 0")
         threshold = self.dedup_threshold
         if threshold is not None and not 0 < threshold <= 1:
@@ -156,7 +164,7 @@ class SelectionConfig:
                 f"selection.dedup_threshold: {threshold} is not allowed; "
                 "allowed: a cosine above 0 and at most 1, or null"
             )
-        if self.seed < 0:
+        if not 0 <= self.seed < 2**63:
             raise ConfigError(
-                f"selection.seed: {self.seed} is not allowed; allowed: a whole number of at least 0"
+                f"selection.seed: {self.seed} is not allowed; allowed: a whole number in 0 .. {2**63 - 1}"
             )

@@ -16,13 +16,45 @@ from grads_dist.runtime.rundir import RunDir
 from grads_dist.selection.config import SelectionConfig
 from grads_dist.selection.scored import needs_graph
 from grads_dist.selection.select import Selection, needed_columns, select
+from grads_dist.selection.signal import signal_columns
 from grads_dist.selection.write import write_selection
+from grads_dist.similarity.knn import choose_backend
+from grads_dist.table.schema import score_schema
 
 if TYPE_CHECKING:
     from grads_dist.config import Config
     from grads_dist.data.corpus import Corpus
 
 logger = logging.getLogger(__name__)
+
+
+def check_selection(config: Config, targets: list[str]) -> None:
+    """Find before a probe what would stop the selection after it; `targets` are the probe's.
+
+    Raises:
+        ConfigError: the probe writes no such features or columns, or the search library or its device is not
+            there.
+    """
+    columns = score_schema(targets).names
+    for name in signal_columns(config.selection.signal, targets):
+        if name not in columns:
+            raise ConfigError(
+                f"selection.signal: {name!r} is not a column of the score table; "
+                f"allowed: {', '.join(columns)}"
+            )
+    if not needs_graph(config.selection):
+        return
+    if config.probe.features == "none":
+        raise ConfigError(
+            "probe.features: none is not allowed, because selection.weights d or r, or "
+            "selection.dedup_threshold, compare features; allowed: content, or weights d and r of 0"
+        )
+    if config.similarity.features != config.probe.features:
+        raise ConfigError(
+            f"similarity.features: {config.similarity.features!r} is not what the probe writes; "
+            f"allowed: {config.probe.features}"
+        )
+    choose_backend(config.similarity)
 
 
 def run_selection(config: Config, rundir: RunDir, corpus: Corpus) -> dict[str, Any]:

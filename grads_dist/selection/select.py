@@ -103,7 +103,8 @@ def select(
     with stages("diagnostics"):
         result = _result(scored, choice, selection)
         summary = _summary(scored, choice, result, table.num_rows, selection, targets)
-    return replace(result, summary=summary | {"seconds": stages.seconds})
+    options = {"selection": asdict(selection), "similarity": asdict(similarity)}
+    return replace(result, summary=options | summary | {"seconds": stages.seconds})
 
 
 def needed_columns(selection: SelectionConfig, targets: list[str]) -> list[str]:
@@ -147,7 +148,6 @@ def _summary(
     estimate = None if scored.criterion is None else scored.criterion.density
     tau = scored.terms.tau if scored.terms is not None and selection.criterion == "grads" else None
     return {
-        "selection": asdict(selection),
         "counts": describe_counts(num_scored, scored.found, int(choice.allowed.sum()), choice.selected),
         "budget": describe_budget(selection, choice.budget),
         "shares": describe_shares(scored.table, choice.selected),

@@ -25,13 +25,14 @@ class Neighbours:
     """A sparse graph of n rows with k neighbours each."""
 
     ids: np.ndarray
-    """int64 [n, k], nearest first, equal cosines by row number; -1 where fewer than k neighbours exist."""
+    """int64 [n, min(k, n - 1)], nearest first, equal cosines by row number; -1 where fewer exist."""
 
     cosine: np.ndarray
-    """float32 [n, k] in [-1, 1], NaN where `ids` is -1."""
+    """float32 like `ids`, in [-1, 1], NaN where `ids` is -1."""
 
     group: np.ndarray
-    """int64 [n], the first row with identical features; such rows are neighbours even beyond k."""
+    """int64 [n], the first row with identical features; such rows are neighbours even beyond k. A row without
+    a direction is alone in its group."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,18 @@ def knn(features: np.ndarray, config: SimilarityConfig) -> Neighbours:
             len(features) - len(rows),
             len(features),
         )
-    ids = np.full((len(features), config.k), -1, np.int64)
-    cosine = np.full((len(features), config.k), np.nan, np.float32)
+    # A k beyond the corpus means all other rows, and takes no more memory than they do.
+    width = min(config.k, max(0, len(features) - 1))
+    ids = np.full((len(features), width), -1, np.int64)
+    cosine = np.full((len(features), width), np.nan, np.float32)
     num_found = min(config.k, len(rows) - 1)
     if num_found > 0:
         found_ids, found_cosine = _search(unit, num_found, config)
         ids[rows, :num_found] = rows[found_ids]
         cosine[rows, :num_found] = found_cosine
-    return Neighbours(ids, cosine, identical_rows(features))
+    group = np.arange(len(features))
+    group[rows] = identical_rows(features)[rows]
+    return Neighbours(ids, cosine, group)
 
 
 def choose_backend(config: SimilarityConfig) -> Backend:
