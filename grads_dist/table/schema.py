@@ -18,7 +18,7 @@ ROW_FIELDS = [
     pa.field("token_hash", pa.int64()),
 ]
 """One row of the corpus: `index` its number there, `status` ok or nonfinite, `step` the optimizer step it was
-seen in (-1 in frozen mode), `token_hash` a hash of its token ids and loss mask that exact duplicates share."""
+seen in (-1 in frozen mode), `token_hash` a hash of token ids and loss mask that exact copies share."""
 
 STATISTICS = {
     "sum": pa.float64(),
