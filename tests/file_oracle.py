@@ -14,8 +14,13 @@ from tiny import Rows, autograd_gradients, autograd_loss, five, untie
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-EMBEDDING = {"llama": "model.embed_tokens.weight", "gpt2": "transformer.wte.weight"}
-LAYERS = {"llama": "model.layers", "gpt2": "transformer.h"}
+EMBEDDING = {
+    "llama": "model.embed_tokens.weight",
+    "qwen2": "model.embed_tokens.weight",
+    "gemma2": "model.embed_tokens.weight",
+    "gpt2": "transformer.wte.weight",
+}
+LAYERS = {"llama": "model.layers", "qwen2": "model.layers", "gpt2": "transformer.h"}
 
 
 def tokenize(folder: Path, rows: list[dict], max_length: int) -> Rows:
@@ -32,7 +37,14 @@ def tokenize(folder: Path, rows: list[dict], max_length: int) -> Rows:
 
 
 def members(kind: str, tied: dict[str, Tensor], split: dict[str, Tensor]) -> dict[str, list[Tensor]]:
-    """The gradients that the targets embedding, lm_head, tied and layers concatenate."""
+    """The gradients that each target concatenates: three patterns for Gemma-2, names otherwise."""
+    if kind == "gemma2":
+        once = {name: g for name, g in tied.items() if name != "lm_head.weight"}
+        return {
+            "everything": list(once.values()),
+            "norms": [g for name, g in once.items() if name.endswith("norm.weight")],
+            "down": [g for name, g in once.items() if name.endswith("down_proj.weight")],
+        }
     targets = {"embedding": [split[EMBEDDING[kind]]], "lm_head": [split["lm_head.weight"]]}
     if kind == "gpt2":
         targets["tied"] = [tied[EMBEDDING[kind]]]

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from grads_dist.errors import ConfigError
+from grads_dist.runtime.rundir import sync
 
 
 @contextlib.contextmanager
@@ -31,9 +32,9 @@ def publish(final: Path) -> Iterator[Path]:
         # mkdtemp makes folders private; other ranks may run as another user of the same group.
         temporary.chmod(0o777 & ~_umask())
         for path in temporary.iterdir():
-            _sync(path)
+            sync(path)
         _rename(temporary, final)
-        _sync(final.parent)
+        sync(final.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -50,11 +51,3 @@ def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

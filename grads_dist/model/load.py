@@ -61,6 +61,8 @@ def load_model(
                 attn_implementation=config.attn_implementation,
                 trust_remote_code=config.trust_remote_code,
                 output_loading_info=True,
+                # Reported by name below; transformers' own error names none.
+                ignore_mismatched_sizes=True,
             )
     except LOADING_ERRORS as error:
         raise ConfigError(_unloadable(config, error)) from error
@@ -96,12 +98,13 @@ def _load_config(config: ModelConfig) -> PretrainedConfig:
 
 def _check_complete(config: ModelConfig, loading: dict[str, Any]) -> None:
     """Refuse a checkpoint that lacks weights: transformers would probe random ones in their place."""
-    for key in ("missing_keys", "mismatched_keys"):
-        names = sorted(str(name) for name in loading.get(key) or ())
+    for key, fault in (("missing_keys", "lacks"), ("mismatched_keys", "has another shape for")):
+        # A mismatch is listed with both shapes behind the name.
+        names = sorted(name if isinstance(name, str) else name[0] for name in loading.get(key) or ())
         if names:
             raise ConfigError(
-                f"model.name_or_path: {config.name_or_path!r} lacks {names[0]} ({len(names)} such weights); "
-                f"a complete causal language model is needed"
+                f"model.name_or_path: {config.name_or_path!r} {fault} {names[0]} ({len(names)} such "
+                f"weights); a complete causal language model is needed"
             )
 
 

@@ -35,6 +35,7 @@ FEATURE_BOUND = 2.0**-10
 TARGETS = {
     "llama": ["embedding", "lm_head", "layers"],
     "gpt2": ["embedding", "lm_head", "tied", "layers"],
+    "qwen2": ["embedding", "lm_head", "layers"],
     "gemma2": {"everything": ".*", "norms": r".*norm\.weight", "down": r".*down_proj\.weight"},
 }
 
@@ -102,6 +103,7 @@ CASES = [
     *[Case("gpt2", 2, "train", stage) for stage in (1, 2, 3)],
     Case("gemma2", 2, "frozen", 3, NONREENTRANT),
     Case("gemma2", 2, "train", 3),
+    Case("qwen2", 2, "train", 2),
     Case("llama", 3, "frozen", 0),
     Case("llama", 3, "frozen", 3, ONE_UNIT),
     Case("llama", 3, "train", 1),
@@ -216,6 +218,10 @@ ORACLE_CASES = [
     Case("llama", 2, "train", 3),
     one_row_at_a_time("gpt2"),
     Case("gpt2", 2, "train", 2),
+    one_row_at_a_time("qwen2"),
+    Case("qwen2", 2, "train", 2),
+    one_row_at_a_time("gemma2"),
+    Case("gemma2", 2, "train", 3),
 ]
 
 
