@@ -70,6 +70,8 @@ def outer_product_stats(
         sumsq.append(_row_sumsq(g_PD).sum())
         low.append(minmax.min)
         high.append(minmax.max)
+    if not len(segments):
+        return Statistics.empty(0, b_NP.device)
     a_sums_N = a_ND.sum(1, dtype=torch.float64) if a_sums_N is None else a_sums_N
     row_products = b_NP.sum(1, dtype=torch.float64) * a_sums_N
     stats = Statistics(
@@ -143,6 +145,33 @@ def embedding_stats(rows: EmbeddingRows, num_embeddings: int) -> Statistics:
     stats = ragged_row_stats(rows.rows, rows.segments)
     touched = rows.segments.lengths_tensor(rows.rows.device)
     return stats.with_zeros(touched < num_embeddings)
+
+
+def grouped_stats(present: Statistics, segments: Segments, num_groups: int) -> Statistics:
+    """Statistics of the stacked gradients of G groups for each of S samples.
+
+    Args:
+        present: statistics of the non-empty (group, sample) segments, in order.
+        segments: all G * S segments, those of the first group first; empty ones are zero gradients.
+        num_groups: G.
+    """
+    num_samples = len(segments) // num_groups
+    lengths = segments.lengths_tensor(present.sum.device)
+    sample_of_segment = torch.arange(num_samples, device=lengths.device).repeat(num_groups)[lengths > 0]
+
+    def fold(values: Tensor, reduce: str, neutral: float) -> Tensor:
+        out = torch.full((num_samples,), neutral, dtype=values.dtype, device=values.device)
+        return out.scatter_reduce_(0, sample_of_segment, values, reduce)
+
+    stats = Statistics(
+        sum=fold(present.sum, "sum", 0.0),
+        sumsq=fold(present.sumsq, "sum", 0.0),
+        min=fold(present.min, "amin", torch.inf),
+        max=fold(present.max, "amax", -torch.inf),
+        nonfinite=fold(present.nonfinite, "sum", 0),
+    )
+    reached = torch.bincount(sample_of_segment, minlength=num_samples)
+    return stats.with_zeros(reached < num_groups)
 
 
 def ragged_row_stats(rows_UD: Tensor, segments: Segments) -> Statistics:

@@ -1,19 +1,22 @@
-"""How each layer type turns its input and its output's gradient into per-sample statistics.
+"""How each layer type turns its input and its output's gradient into per-sample gradients.
 
-A rule is a function `(module, a, b, layout) -> {local parameter name: statistics}`, where `a` is the layer's
-input and `b` the gradient at its output, both with leading axes [S, T] or [S * T]. `@rule` registers it for a
-layer type; that is the whole way to teach grads_dist a new layer:
+A rule is a function `(module, a, b, layout) -> {local parameter name: per-sample gradient}`, where `a` is the
+layer's input and `b` the gradient at its output, both with leading axes [S, T] or [S * T]. `@rule` registers
+it for a layer type; that is the whole way to teach grads_dist a new layer:
 
     @rule(MyLinear)
     def my_linear(module, a, b, layout):
-        return {"weight": ops.outer_product_stats(...)}
+        (b_NP, segments), (a_ND, _) = layout.pack(b, b.shape[-1]), layout.pack(a, a.shape[-1])
+        return {"weight": OuterProduct(b_NP, a_ND, segments)}
 
-The LM head is not here: its statistics come out of the loss (head.py).
+The LM head is not here: in the engine its statistics come out of the loss (head.py). Neither are the fused
+experts of a mixture (experts.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -21,55 +24,105 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from grads_dist.stats import ops
+from grads_dist.stats.capture import LINEAR
+from grads_dist.stats.gradients import OuterProduct, SampleGradient, TouchedRows, VectorSum
 from grads_dist.stats.segments import BatchLayout
-from grads_dist.stats.statistics import Statistics
 
-Rule = Callable[[nn.Module, Tensor, Tensor, BatchLayout], dict[str, Statistics]]
+Gradients = Callable[[nn.Module, Tensor, Tensor, BatchLayout], dict[str, SampleGradient]]
+Check = Callable[[nn.Module, Tensor, Tensor], bool]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a layer's gradients are read.
+
+    Args:
+        gradients: the rule itself.
+        parameters: local names of the parameters it is for.
+        call: the function inside the layer's forward whose first argument and output are read; None for
+            those of the layer itself.
+        check: whether the layer's output is what the rule supposes of a layer known by name alone; called
+            with (module, input, output) in the first forward pass of a type.
+    """
+
+    gradients: Gradients
+    parameters: tuple[str, ...] = ("weight", "bias")
+    call: Callable | None = None
+    check: Check | None = None
+
+
 RULES: dict[type[nn.Module], Rule] = {}
 
+LINEAR_CLASSES = ("FalconLinear",)
+"""Subclasses of nn.Linear in transformers that compute the same; any other might do something else."""
 
-def rule(*module_types: type[nn.Module]) -> Callable[[Rule], Rule]:
+
+def rule(*module_types: type[nn.Module]) -> Callable[[Gradients], Gradients]:
     """Register a rule for the given layer types."""
 
-    def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(module_types, function))
+    def register(function: Gradients) -> Gradients:
+        RULES.update(dict.fromkeys(module_types, Rule(function)))
         return function
 
     return register
 
 
 def rule_for(module: nn.Module, parameter: str) -> Rule | None:
-    """The rule for `parameter` (its local name) of `module`, or None."""
-    if parameter not in ("weight", "bias"):
-        return None
+    """The rule for `parameter` (its local name) of `module`, or None.
+
+    A layer type that is not registered may be known by its name or its base class: every architecture of
+    transformers has its own class for the same norm, and some for the same linear layer, embedding or router.
+    """
+    found = RULES.get(type(module)) or _known_by_kind(module, parameter)
+    return found if found is not None and parameter in found.parameters else None
+
+
+def _known_by_kind(module: nn.Module, parameter: str) -> Rule | None:
+    name = type(module).__name__
+    if parameter == "sinks":
+        return Rule(attention_sinks, ("sinks",), call=torch.Tensor.expand)
     if is_rms_norm(module):
-        return rms_norm
+        return Rule(rms_norm, ("weight",), check=check_rms_norm)
     if isinstance(module, nn.Embedding):
-        return embedding if _is_known_embedding(module) else None
-    return RULES.get(type(module))
+        plain = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
+        inside = None if type(module) is nn.Embedding else nn.functional.embedding
+        return Rule(embedding, ("weight",), call=inside) if plain else None
+    if is_quantised(module):
+        return None
+    if isinstance(module, nn.Linear) and name in LINEAR_CLASSES:
+        return Rule(linear, check=check_linear)
+    if name.endswith(("Router", "Gate")) and getattr(module, "weight", torch.empty(0)).dim() == 2:
+        return Rule(linear, call=LINEAR)
+    return None
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether a linear layer's weight is packed integers, which have no gradient."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and not weight.is_floating_point()
 
 
 @rule(nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, Conv1D)
-def linear(module: nn.Module, a: Tensor, b: Tensor, layout: BatchLayout) -> dict[str, Statistics]:
+def linear(module: nn.Module, a: Tensor, b: Tensor, layout: BatchLayout) -> dict[str, SampleGradient]:
     """Weight: sum_t b_t a_t^T (Conv1D keeps it transposed, with the same elements). Bias: sum_t b_t."""
     b_NP, segments = layout.pack(b, b.shape[-1])
     a_ND, _ = layout.pack(a, a.shape[-1])
-    stats = {"weight": ops.outer_product_stats(b_NP, a_ND, segments)}
-    if module.bias is not None:
-        stats["bias"] = ops.vector_stats(b_NP, segments)
-    return stats
+    return {"weight": OuterProduct(b_NP, a_ND, segments), "bias": VectorSum(b_NP, segments)}
+
+
+def check_linear(module: nn.Module, a: Tensor, output: Tensor) -> bool:
+    """Whether a subclass of nn.Linear computes what nn.Linear does."""
+    expected = nn.functional.linear(a, module.weight, module.bias)  # type: ignore[arg-type]
+    return _close(output, expected, a.dtype)
 
 
 @rule(nn.LayerNorm)
-def layer_norm(module: nn.Module, a: Tensor, b: Tensor, layout: BatchLayout) -> dict[str, Statistics]:
+def layer_norm(module: nn.Module, a: Tensor, b: Tensor, layout: BatchLayout) -> dict[str, SampleGradient]:
     """Gain: sum_t b_t * xhat_t. Bias: sum_t b_t."""
     size = a.shape[-1]
     normalised = nn.functional.layer_norm(a, (size,), eps=module.eps)  # type: ignore[arg-type]
     gain, segments = layout.pack(_product(b, normalised), size)
-    stats = {"weight": ops.vector_stats(gain, segments)}
-    if module.bias is not None:
-        stats["bias"] = ops.vector_stats(layout.pack(b, size)[0], segments)
-    return stats
+    return {"weight": VectorSum(gain, segments), "bias": VectorSum(layout.pack(b, size)[0], segments)}
 
 
 def _product(b: Tensor, normalised: Tensor) -> Tensor:
@@ -78,7 +131,7 @@ def _product(b: Tensor, normalised: Tensor) -> Tensor:
 
 
 def is_rms_norm(module: nn.Module) -> bool:
-    """Every architecture of transformers has its own class for the same function."""
+    """Whether this is one of transformers' many RMS norms, or torch's."""
     return type(module).__name__.endswith("RMSNorm") and _rms_eps(module) is not None
 
 
@@ -87,10 +140,10 @@ def _rms_eps(module: nn.Module) -> float | None:
     return eps if isinstance(eps, float) else None
 
 
-def rms_norm(module: nn.Module, a: Tensor, b: Tensor, layout: BatchLayout) -> dict[str, Statistics]:
+def rms_norm(module: nn.Module, a: Tensor, b: Tensor, layout: BatchLayout) -> dict[str, SampleGradient]:
     """Gain: sum_t b_t * xhat_t, the same for a gain of w and of 1 + w."""
     gain, segments = layout.pack(_product(b, rms_normalised(module, a)), a.shape[-1])
-    return {"weight": ops.vector_stats(gain, segments)}
+    return {"weight": VectorSum(gain, segments)}
 
 
 def rms_normalised(module: nn.Module, a: Tensor) -> Tensor:
@@ -106,35 +159,25 @@ def check_rms_norm(module: nn.Module, a: Tensor, output: Tensor) -> bool:
     # Compared in float32: the models form their norms in it whatever their type.
     normalised = rms_normalised(module, a).float()
     weight = cast(Tensor, module.weight).float()
-    scale = output.float().abs().max()
-    errors = [(normalised * gain - output.float()).abs().max() for gain in (weight, 1 + weight)]
-    return bool(min(errors) <= 8 * max(torch.finfo(a.dtype).eps, torch.finfo(torch.float32).eps) * scale)
+    return any(_close(output, normalised * gain, a.dtype) for gain in (weight, 1 + weight))
 
 
-def embedding(module: nn.Module, a: Tensor, b: Tensor, layout: BatchLayout) -> dict[str, Statistics]:
+def _close(output: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    output, expected = output.float(), expected.float()
+    tolerance = 8 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    return bool((output - expected).abs().max() <= tolerance * output.abs().max())
+
+
+def embedding(module: nn.Module, ids: Tensor, b: Tensor, layout: BatchLayout) -> dict[str, SampleGradient]:
     """Row v: sum of b_t over the positions that hold token v; absent rows are zero and count."""
-    rows = embedding_rows_of(module, a, b, layout)
-    return {"weight": ops.embedding_stats(rows, module.num_embeddings)}  # type: ignore[arg-type]
-
-
-def embedding_rows_of(module: nn.Module, ids: Tensor, b: Tensor, layout: BatchLayout) -> ops.EmbeddingRows:
-    """The touched rows of the embedding's per-sample gradients."""
-    b_ND, segments = layout.pack(b, b.shape[-1])
+    b_ND, segments = layout.pack(b.expand(*ids.shape, b.shape[-1]), b.shape[-1])
     ids_N = layout.pack(ids, 1)[0].flatten()
-    scale = embedding_scale(module)
-    if scale is not None:
-        dtype = ops.accumulation_dtype(b_ND.dtype)
-        # The model multiplies by the scale in its weights' type.
-        b_ND = b_ND.to(dtype) * scale.to(b_ND.dtype).to(dtype)
-    return ops.embedding_rows(b_ND, ids_N, segments, module.padding_idx)  # type: ignore[arg-type]
+    rows = ops.embedding_rows(b_ND, ids_N, segments, module.padding_idx)  # type: ignore[arg-type]
+    return {"weight": TouchedRows(rows, module.num_embeddings)}  # type: ignore[arg-type]
 
 
-def embedding_scale(module: nn.Module) -> Tensor | None:
-    """The factor that a scaled word embedding (Gemma) multiplies its rows by, or None."""
-    scale = getattr(module, "embed_scale", None)
-    return None if scale is None else torch.as_tensor(scale, device=module.weight.device)  # type: ignore[arg-type]
-
-
-def _is_known_embedding(module: nn.Embedding) -> bool:
-    plain = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
-    return plain and (type(module) is nn.Embedding or type(module).__name__.endswith("ScaledWordEmbedding"))
+def attention_sinks(
+    module: nn.Module, _: Tensor, b: Tensor, layout: BatchLayout
+) -> dict[str, SampleGradient]:
+    """One logit a head that every token attends to besides the others: the sum over tokens (gpt-oss)."""
+    return {"sinks": VectorSum(*layout.pack(b.transpose(1, 2), b.shape[1]))}

@@ -52,48 +52,101 @@ class Segments:
 
 
 class BatchLayout:
-    """A right-padded batch [S, T] and the way from it to packed rows [N].
+    """A batch of S samples and the way from its tensors to packed rows [N].
 
     Args:
-        lengths: real tokens of every sample, each at most `padded_length`.
-        padded_length: T.
+        lengths: real tokens of every sample.
+        padded_length: T, the batch's token axis.
+        real_ST: bool [S, T], true at real tokens; None where each sample's first `lengths` are.
     """
 
-    def __init__(self, lengths: tuple[int, ...], padded_length: int) -> None:
+    def __init__(self, lengths: tuple[int, ...], padded_length: int, real_ST: Tensor | None = None) -> None:
         self.segments = Segments(lengths)
         self.padded_length = padded_length
+        self._real = real_ST
         self._keep: Tensor | None = None
+
+    @classmethod
+    def from_mask(cls, real_ST: Tensor) -> BatchLayout:
+        """The layout of a batch [S, T] whose real tokens, wherever they are, are true."""
+        return cls(tuple(real_ST.sum(1).tolist()), real_ST.shape[1], real_ST.bool())
 
     @property
     def num_samples(self) -> int:
         """S."""
         return len(self.segments)
 
-    def pack(self, x_STD: Tensor, num_features: int) -> tuple[Tensor, Segments]:
-        """Drop the padding of a tensor whose leading axes are [S, T], [S, heads, T] or [S * T].
+    @property
+    def num_slots(self) -> int:
+        """S * T, padding included."""
+        return self.num_samples * self.padded_length
+
+    def pack(self, x: Tensor, num_features: int) -> tuple[Tensor, Segments]:
+        """A tensor whose leading axes are [S, T], [S, heads, T], [S * T] or only [S], as rows.
 
         Returns rows [N * r, num_features], r being the vectors of `num_features` that each token has, and
-        their segments. Raises ValueError when the leading axes are not the batch's. (`collate` pads so that
-        T is no number of heads.)
+        their segments. Padding is dropped where there is a token axis; without one all of a sample is kept.
+        Raises ValueError when the leading axes are not the batch's.
         """
-        if x_STD.dim() == 4 and x_STD.shape[1] != self.padded_length == x_STD.shape[2]:
-            x_STD = x_STD.transpose(1, 2)
-        num_slots = self.num_samples * self.padded_length
-        leading = tuple(x_STD.shape[:2]) == (self.num_samples, self.padded_length)
-        if not leading and x_STD.shape[0] != num_slots:
-            raise ValueError(
-                f"shape {tuple(x_STD.shape)} does not start with the batch's "
-                f"{self.num_samples} x {self.padded_length} tokens"
-            )
-        per_token = x_STD.numel() // (num_slots * num_features)
-        rows = x_STD.reshape(num_slots, per_token * num_features)
-        if self.segments.num_rows != num_slots:
-            rows = rows.index_select(0, self._kept_slots(x_STD.device))
-        return rows.reshape(-1, num_features), self.segments.repeated(per_token)
+        samples, length = self.num_samples, self.padded_length
+        if x.dim() == 4 and x.shape[0] == samples and x.shape[2] == length:
+            if x.shape[1] == length:
+                # Heads and tokens are told apart by size alone; padding, if kept, has a zero gradient.
+                return self._whole_samples(x, num_features)
+            x = x.transpose(1, 2)
+        if tuple(x.shape[:2]) == (samples, length) or x.shape[0] == self.num_slots:
+            per_token = x.numel() // (self.num_slots * num_features)
+            rows = x.reshape(self.num_slots, per_token * num_features)
+            if self.segments.num_rows != self.num_slots:
+                rows = rows.index_select(0, self._kept_slots(x.device))
+            return rows.reshape(-1, num_features), self.segments.repeated(per_token)
+        if x.shape[0] == samples:
+            return self._whole_samples(x, num_features)
+        raise ValueError(
+            f"shape {tuple(x.shape)} does not start with the batch's {samples} samples or "
+            f"{samples} x {length} tokens"
+        )
+
+    def pack_groups(self, slots_R: Tensor, groups_R: Tensor, num_groups: int) -> tuple[Tensor, Segments]:
+        """Order routed rows by (group, sample).
+
+        Args:
+            slots_R: the slot in [0, S * T) that each routed row was copied from.
+            groups_R: the group (expert) that it was routed to.
+            num_groups: G.
+
+        Returns which rows to take, padding left out, and their G * S segments, the first group's first.
+        """
+        samples = self.num_samples
+        key_R = groups_R * samples + slots_R // self.padded_length
+        if self.segments.num_rows != self.num_slots:
+            real = torch.zeros(self.num_slots, dtype=torch.bool, device=slots_R.device)
+            real[self._kept_slots(slots_R.device)] = True
+            key_R = torch.where(real[slots_R], key_R, num_groups * samples)
+        counts = torch.bincount(key_R, minlength=num_groups * samples + 1)[:-1].tolist()
+        segments = Segments(tuple(counts))
+        return torch.argsort(key_R, stable=True)[: segments.num_rows], segments
+
+    def _whole_samples(self, x: Tensor, num_features: int) -> tuple[Tensor, Segments]:
+        rows = x.reshape(-1, num_features)
+        return rows, Segments((rows.shape[0] // self.num_samples,) * self.num_samples)
 
     def _kept_slots(self, device: torch.device) -> Tensor:
         if self._keep is None or self._keep.device != device:
-            lengths = self.segments.lengths_tensor(device)
-            slots = torch.arange(self.padded_length, device=device)
-            self._keep = (slots[None, :] < lengths[:, None]).flatten().nonzero().squeeze(1)
+            real = self._real
+            if real is None:
+                lengths = self.segments.lengths_tensor(device)
+                real = torch.arange(self.padded_length, device=device) < lengths[:, None]
+            self._keep = real.to(device).flatten().nonzero().squeeze(1)
         return self._keep
+
+
+class PackedLayout(BatchLayout):
+    """The layout of rows that are packed already."""
+
+    def __init__(self, segments: Segments) -> None:
+        super().__init__(segments.lengths, max(segments.lengths, default=0))
+
+    def pack(self, x: Tensor, num_features: int) -> tuple[Tensor, Segments]:
+        """The rows as they are."""
+        return x.reshape(-1, num_features), self.segments

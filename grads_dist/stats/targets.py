@@ -10,12 +10,14 @@ from torch import nn
 
 from grads_dist.errors import ConfigError
 from grads_dist.model.anatomy import Anatomy
-from grads_dist.stats.rules import rule_for
+from grads_dist.stats.experts import expert_parameters, is_fused_experts
+from grads_dist.stats.routed import expert_blocks
+from grads_dist.stats.rules import is_quantised, is_rms_norm, rule_for
 
 TIED = "tied embedding and LM head"
 """Stands for the one weight that is both embedding and head, with the sum of both gradients."""
 
-NAMES = ("embedding", "lm_head", "tied", "layers", "linear")
+NAMES = ("embedding", "lm_head", "tied", "layers", "linear", "experts", "norms", "biases", "adapters")
 
 
 @dataclass(frozen=True)
@@ -62,29 +64,48 @@ def _parameter_sizes(anatomy: Anatomy) -> dict[str, int]:
 
 
 def _builtin(name: str, sizes: dict[str, int], anatomy: Anatomy) -> dict[str, list[str]]:
-    def under(module: str) -> list[str]:
-        return [p for p in sizes if p.startswith(module + ".")]
-
-    if name == "embedding":
-        return {name: under(anatomy.embedding_name)}
-    if name == "lm_head":
-        return {name: under(anatomy.head_name)}
+    """The targets that a name stands for; one a layer or module, or one for all that there is of a kind."""
     if name == "tied":
         if not anatomy.tied:
             raise ConfigError(
                 "probe.targets: 'tied' needs a model whose embedding and LM head share one weight"
             )
         return {name: [TIED]}
-    if name == "layers":
-        if not anatomy.layers:
-            kind = type(anatomy.model).__name__
-            raise ConfigError(f"probe.targets: 'layers' finds no decoder layers in {kind}; use patterns")
-        return {f"layers.{i}": under(layer) for i, layer in enumerate(anatomy.layers)}
-    if name == "linear":
-        return {module: under(module) for module in _linear_modules(anatomy)}
-    raise ConfigError(
-        f"probe.targets: {name!r} is not known; allowed: {', '.join(NAMES)}, or a map from names to patterns"
-    )
+    if name not in NAMES:
+        raise ConfigError(
+            f"probe.targets: {name!r} is not known; allowed: {', '.join(NAMES)}, or a map from names to "
+            f"patterns"
+        )
+
+    def under(module: str) -> list[str]:
+        return [p for p in sizes if p.startswith(module + ".")]
+
+    if name in ("embedding", "lm_head"):
+        return {name: under(anatomy.embedding_name if name == "embedding" else anatomy.head_name)}
+    if name in _KINDS:
+        found = {name: [p for p in sizes if p != TIED and _is_of_kind(name, p, anatomy)]}
+    elif name == "linear":
+        found = {module: under(module) for module in _linear_modules(anatomy)}
+    else:
+        owners = anatomy.layers if name == "layers" else _experts(anatomy)
+        found = {f"{name}.{i}": under(owner) for i, owner in enumerate(owners)}
+    if not any(found.values()):
+        kind = type(anatomy.model).__name__
+        raise ConfigError(f"probe.targets: {name!r} finds nothing of its kind in {kind}; use patterns")
+    return found
+
+
+_KINDS = ("norms", "biases", "adapters")
+
+
+def _is_of_kind(kind: str, parameter: str, anatomy: Anatomy) -> bool:
+    owner_name, _, local = parameter.rpartition(".")
+    if kind == "biases":
+        return owner_name != anatomy.head_name and (local == "bias" or local.endswith("_bias"))
+    if kind == "adapters":
+        return ".lora_" in parameter
+    owner = anatomy.model.get_submodule(owner_name)
+    return isinstance(owner, nn.LayerNorm) or is_rms_norm(owner)
 
 
 def _linear_modules(anatomy: Anatomy) -> list[str]:
@@ -93,6 +114,12 @@ def _linear_modules(anatomy: Anatomy) -> list[str]:
         for name, module in anatomy.model.named_modules()
         if name != anatomy.head_name and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
     ]
+
+
+def _experts(anatomy: Anatomy) -> list[str]:
+    """Names of what holds the experts of each layer that has some."""
+    lists = [f"{name}.experts" for name in expert_blocks(anatomy.model)]
+    return lists + [name for name, module in anatomy.model.named_modules() if is_fused_experts(module)]
 
 
 def _match(name: str, pattern: str, sizes: dict[str, int], anatomy: Anatomy) -> list[str]:
@@ -119,14 +146,24 @@ def _check_rules(target: str, parameters: Sequence[str], anatomy: Anatomy) -> No
         if parameter in special:
             continue
         owner_name, _, local = parameter.rpartition(".")
-        owner = anatomy.model.get_submodule(owner_name)
-        if rule_for(owner, local) is None:
-            raise ConfigError(
-                f"probe.targets: {target!r} holds {parameter}, and {type(owner).__name__} has no rule for "
-                f"per-sample gradients; leave it out with a pattern"
-            )
+        fault = _fault(anatomy.model.get_submodule(owner_name), local)
+        if fault is not None:
+            raise ConfigError(f"probe.targets: {target!r} holds {parameter}, and {fault}")
         if parameter in shared:
             raise ConfigError(f"probe.targets: {target!r} holds {parameter}, which several layers share")
+
+
+def _fault(owner: nn.Module, local: str) -> str | None:
+    """Why the gradient of a parameter cannot be read, or None if it can."""
+    kind = type(owner).__name__
+    if is_fused_experts(owner) and local in expert_parameters(owner):
+        parallel = owner._is_expert_parallel
+        return f"{kind} spreads its experts over ranks (expert parallelism)" if parallel else None
+    if is_quantised(owner):
+        return f"{kind} is quantised, so its weight has no gradient; use the adapters or lm_head as targets"
+    if rule_for(owner, local) is None:
+        return f"{kind} has no rule for per-sample gradients; leave it out with a pattern"
+    return None
 
 
 def _shared_parameters(anatomy: Anatomy) -> set[str]:
