@@ -7,16 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+import transformers
 
 from grads_dist.model.load import disable_dropout
 
@@ -32,22 +23,49 @@ _COMMON = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_GPT = {"vocab_size": VOCAB, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
+_MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+# Prefix of the classes in transformers, and what differs from _COMMON; None leaves an option out.
+ARCHITECTURES: dict[str, tuple[str, dict[str, object]]] = {
+    "llama": ("Llama", {"pad_token_id": 2}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": False}),
+    "gemma2": (
+        "Gemma2",
+        {"head_dim": 8, "final_logit_softcapping": 3.0, "pad_token_id": 0, "sliding_window": 8},
+    ),
+    "gpt2": ("GPT2", {**dict.fromkeys(_COMMON), **_GPT, "bos_token_id": 1, "eos_token_id": 2}),
+    "mistral": ("Mistral", {"sliding_window": 4, "pad_token_id": 0}),
+    "qwen3": ("Qwen3", {"head_dim": 8, "pad_token_id": 0}),
+    "gpt_neox": ("GPTNeoX", {"num_key_value_heads": None, "pad_token_id": 0}),
+    "opt": (
+        "OPT",
+        {"intermediate_size": None, "num_key_value_heads": None, "ffn_dim": 24, "word_embed_proj_dim": 16},
+    ),
+    "falcon": (
+        "Falcon",
+        {"intermediate_size": None, "num_key_value_heads": None, "bias": True, "pad_token_id": 0},
+    ),
+    "phi3": ("Phi3", {"pad_token_id": 0}),
+    "mixtral": ("Mixtral", {**_MIXTURE, "pad_token_id": 0}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "pad_token_id": 0},
+    ),
+    "gemma3": ("Gemma3Text", {"head_dim": 8, "pad_token_id": 0, "sliding_window": 8}),
+    "gpt_oss": ("GptOss", {"head_dim": 8, "sliding_window": 8, "pad_token_id": 0, **_MIXTURE}),
+}
 
 
 def tiny_model(name: str, **overrides: object) -> nn.Module:
     """A random model of the given architecture whose weights are large enough for gradients to differ."""
     torch.manual_seed(0)
-    if name == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**{**_COMMON, "pad_token_id": 2, **overrides}))
-    elif name == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(**{**_COMMON, "tie_word_embeddings": False, **overrides}))
-    elif name == "gemma2":
-        extra = {"head_dim": 8, "final_logit_softcapping": 3.0, "pad_token_id": 0, "sliding_window": 8}
-        model = Gemma2ForCausalLM(Gemma2Config(**{**_COMMON, **extra, **overrides}))
-    else:
-        assert name == "gpt2"
-        sizes = {"vocab_size": VOCAB, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
-        model = GPT2LMHeadModel(GPT2Config(**{**sizes, "bos_token_id": 1, "eos_token_id": 2, **overrides}))
+    prefix, differences = ARCHITECTURES[name]
+    options = {**_COMMON, **differences, **overrides}
+    options = {key: value for key, value in options.items() if value is not None}
+    config = getattr(transformers, f"{prefix}Config")(**options)
+    kind = {"GPT2": "GPT2LMHeadModel", "Gemma3Text": "Gemma3ForCausalLM"}.get(prefix, f"{prefix}ForCausalLM")
+    model = getattr(transformers, kind)(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.15)

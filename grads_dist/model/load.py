@@ -12,8 +12,10 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.quantizers import AutoHfQuantizer
 
 from grads_dist.errors import ConfigError
+from grads_dist.model.adapter import inject_adapter, load_adapter
 from grads_dist.model.config import ModelConfig
 
 log = logging.getLogger(__name__)
@@ -31,11 +33,24 @@ def build_on_meta(config: ModelConfig) -> PreTrainedModel:
     Raises ConfigError when the configuration is not that of a causal language model.
     """
     try:
-        loaded = _load_config(config)
+        loaded = load_config(config)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(loaded, trust_remote_code=config.trust_remote_code)
+            model = AutoModelForCausalLM.from_config(loaded, trust_remote_code=config.trust_remote_code)
+        quantization = quantization_of(loaded)
+        if quantization is not None:
+            quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=True)
+            quantizer.preprocess_model(model=model, device_map=None)
     except LOADING_ERRORS as error:
         raise ConfigError(_unloadable(config, error)) from error
+    if config.adapter is not None:
+        with torch.device("meta"):
+            inject_adapter(model, config.adapter)
+    return model
+
+
+def quantization_of(config: PretrainedConfig) -> Any:
+    """How the checkpoint's weights are quantised, or None."""
+    return getattr(config, "quantization_config", None)
 
 
 def load_model(
@@ -50,8 +65,14 @@ def load_model(
         zero3: the DeepSpeed configuration when the weights are sharded while loading, so that no rank ever
             holds the whole model.
 
-    Raises ConfigError when there is no such model or it cannot be loaded.
+    Raises ConfigError when there is no such model, or it or its adapter cannot be loaded.
     """
+    quantised = _is_quantised(config)
+    if quantised and zero3 is not None:
+        raise ConfigError(
+            f"model.name_or_path: {config.name_or_path!r} is quantised, which ZeRO stage 3 cannot shard; use "
+            f"stage 2 or below"
+        )
     try:
         with _sharded(zero3):
             model, loading = AutoModelForCausalLM.from_pretrained(
@@ -60,6 +81,8 @@ def load_model(
                 dtype=dtype,
                 attn_implementation=config.attn_implementation,
                 trust_remote_code=config.trust_remote_code,
+                # Quantised weights cannot be moved afterwards.
+                device_map={"": device} if quantised else None,
                 output_loading_info=True,
                 # Reported by name below; transformers' own error names none.
                 ignore_mismatched_sizes=True,
@@ -67,14 +90,29 @@ def load_model(
     except LOADING_ERRORS as error:
         raise ConfigError(_unloadable(config, error)) from error
     _check_complete(config, loading)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ConfigError(
+            f"model.name_or_path: {config.name_or_path!r} is an adapter; name its base model there, and the "
+            f"adapter in model.adapter"
+        )
+    if config.adapter is not None:
+        with _sharded(zero3):
+            load_adapter(model, config.adapter)
     log.info(
         "model %s: %s weights, attention %s", type(model).__name__, dtype, model.config._attn_implementation
     )
-    if zero3 is None:
+    if zero3 is None and not quantised:
         model.to(device)
     disable_dropout(model)
     _set_checkpointing(model, config)
     return model
+
+
+def _is_quantised(config: ModelConfig) -> bool:
+    try:
+        return quantization_of(load_config(config)) is not None
+    except LOADING_ERRORS as error:
+        raise ConfigError(_unloadable(config, error)) from error
 
 
 def load_text_config(config: ModelConfig) -> PretrainedConfig:
@@ -83,12 +121,13 @@ def load_text_config(config: ModelConfig) -> PretrainedConfig:
     Raises ConfigError when there is no such model.
     """
     try:
-        return _load_config(config).get_text_config()
+        return load_config(config).get_text_config()
     except LOADING_ERRORS as error:
         raise ConfigError(_unloadable(config, error)) from error
 
 
-def _load_config(config: ModelConfig) -> PretrainedConfig:
+def load_config(config: ModelConfig) -> PretrainedConfig:
+    """The model's configuration as it is stored."""
     return AutoConfig.from_pretrained(
         config.name_or_path,
         revision=config.revision or "main",

@@ -146,7 +146,9 @@ def _check_rules(target: str, parameters: Sequence[str], anatomy: Anatomy) -> No
         if parameter in special:
             continue
         owner_name, _, local = parameter.rpartition(".")
-        fault = _fault(anatomy.model.get_submodule(owner_name), local)
+        fault = _adapter_fault(anatomy.model, parameter) or _fault(
+            anatomy.model.get_submodule(owner_name), local
+        )
         if fault is not None:
             raise ConfigError(f"probe.targets: {target!r} holds {parameter}, and {fault}")
         if parameter in shared:
@@ -163,6 +165,19 @@ def _fault(owner: nn.Module, local: str) -> str | None:
         return f"{kind} is quantised, so its weight has no gradient; use the adapters or lm_head as targets"
     if rule_for(owner, local) is None:
         return f"{kind} has no rule for per-sample gradients; leave it out with a pattern"
+    return None
+
+
+def _adapter_fault(model: nn.Module, parameter: str) -> str | None:
+    """LoRA layers whose matrices are not modules that are called, but parts of a formula."""
+    owner, lora, _ = parameter.partition(".lora_")
+    if not lora:
+        return None
+    layer = model.get_submodule(owner)
+    if type(layer).__name__ == "ParamWrapper":
+        return f"LoRA on a bare parameter ({owner}) has no rule; leave it out with a pattern"
+    if any(getattr(layer, "use_dora", {}).values()):
+        return "DoRA has no rule; leave it out with a pattern"
     return None
 
 

@@ -1,0 +1,55 @@
+"""Puts a PEFT adapter on the model that is probed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from grads_dist.errors import ConfigError
+
+ADAPTER_ERRORS = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError)
+"""What PEFT raises for a folder that is missing, damaged, or made for another model."""
+
+
+def load_adapter(model: PreTrainedModel, adapter: str) -> None:
+    """Load an adapter with its weights; from then on it alone is trained.
+
+    Raises ConfigError when there is none, it does not fit the model, or its weights are incomplete.
+    """
+    _check_installed()
+    try:
+        found = model.load_adapter(adapter, is_trainable=True)
+    except ADAPTER_ERRORS as error:
+        raise ConfigError(_unloadable(adapter, error)) from error
+    missing = sorted(found.missing_keys)
+    if missing:
+        raise ConfigError(f"model.adapter: {adapter!r} lacks {missing[0]} ({len(missing)} such weights)")
+
+
+def inject_adapter(model: PreTrainedModel, adapter: str) -> None:
+    """Give the model the layers of an adapter without their weights.
+
+    Raises ConfigError as `load_adapter` does.
+    """
+    _check_installed()
+    from peft import PeftConfig, inject_adapter_in_model
+
+    try:
+        config: Any = PeftConfig.from_pretrained(adapter)
+        inject_adapter_in_model(config, model)
+    except ADAPTER_ERRORS as error:
+        raise ConfigError(_unloadable(adapter, error)) from error
+
+
+def _check_installed() -> None:
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        raise ConfigError("model.adapter: needs the package peft; install grads-dist[peft]") from None
+
+
+def _unloadable(adapter: str, error: BaseException) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return f"model.adapter: {adapter!r} is no adapter that fits the model: {reason}"
