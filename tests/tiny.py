@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 import transformers
+from torch import Tensor, nn
 
 from grads_dist.model.load import disable_dropout
 
@@ -50,7 +50,13 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, object]]] = {
     "mixtral": ("Mixtral", {**_MIXTURE, "pad_token_id": 0}),
     "qwen3_moe": (
         "Qwen3Moe",
-        {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "pad_token_id": 0},
+        {
+            "head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 12,
+            "pad_token_id": 0,
+        },
     ),
     "gemma3": ("Gemma3Text", {"head_dim": 8, "pad_token_id": 0, "sliding_window": 8}),
     "gpt_oss": ("GptOss", {"head_dim": 8, "sliding_window": 8, "pad_token_id": 0, **_MIXTURE}),

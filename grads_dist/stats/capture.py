@@ -76,7 +76,7 @@ def tap_call(
     returns the chosen experts. `function` is LINEAR, torch.nn.functional.embedding, torch.Tensor.expand...;
     `tap` gets its first argument and its output. Returns what undoes it.
     """
-    forward = module.forward
+    forward, owned = module.forward, "forward" in vars(module)
 
     @wraps(forward)
     def watched(*args: Any, **kwargs: Any) -> Any:
@@ -93,7 +93,11 @@ def tap_call(
     module.forward = watched
 
     def undo() -> None:
-        module.forward = forward
+        # The class' own again, unless an instance had its own before.
+        if owned:
+            module.forward = forward
+        else:
+            del module.forward
 
     return undo
 
