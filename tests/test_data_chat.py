@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from grads_dist.data.chat import ChatEncoder, mask_method
-from grads_dist.data.formats import Chat
+from grads_dist.data.example import Chat
 from grads_dist.data.rows import RowError
 from grads_dist.errors import ConfigError
 

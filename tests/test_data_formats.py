@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from grads_dist.data.config import DataConfig
-from grads_dist.data.formats import Chat, Completion, Text, Tokens, read_example, read_id, resolve_format
+from grads_dist.data.detect import resolve_format
+from grads_dist.data.example import Chat, Completion, Text, Tokens
+from grads_dist.data.formats import read_example, read_id
 from grads_dist.data.rows import RowError
 from grads_dist.errors import ConfigError, DataError
 
@@ -39,10 +41,11 @@ def test_renamed_columns_count_and_explicit_formats_win() -> None:
 
 def test_columns_that_fit_no_format_are_named() -> None:
     with pytest.raises(DataError) as failure:
-        resolve_format(config(), ["conversations", "id"])
+        resolve_format(config(), ["dialog", "id"])
     assert str(failure.value) == (
-        "data.format: no format fits the columns of the first rows; found: 'conversations', 'id'; "
-        "allowed: messages | prompt + completion | text | input_ids (data.columns renames)"
+        "data.format: no format fits the columns of the first rows; found: 'dialog', 'id'; "
+        "allowed: messages | conversations | instruction + output | prompt + completion | text | input_ids "
+        "(data.columns renames)"
     )
 
 
@@ -53,8 +56,8 @@ def test_explicit_format_needs_its_columns_in_a_schema_but_not_in_the_first_rows
 
 
 def test_columns_that_fit_several_formats_are_refused() -> None:
-    with pytest.raises(ConfigError, match="data.format: the columns fit messages and text"):
-        resolve_format(config(), ["text", "messages"])
+    with pytest.raises(ConfigError, match="data.format: the columns fit messages and alpaca; set it to one"):
+        resolve_format(config(), ["text", "messages", "instruction", "output"])
 
 
 def test_renamed_column_that_does_not_exist_is_refused() -> None:

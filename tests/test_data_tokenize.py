@@ -104,17 +104,21 @@ def test_a_row_of_one_token_has_nothing_to_predict(tmp_path: Path, model: Path) 
     assert [text for text, _ in decoded(store, model)] == ["hello</s>"]
 
 
-@pytest.mark.parametrize("assistant_only", [True, False])
-def test_prompt_and_completion(tmp_path: Path, model: Path, bos_model: Path, assistant_only: bool) -> None:
+@pytest.mark.parametrize("completion_only", [True, False, None])
+def test_prompt_and_completion(
+    tmp_path: Path, model: Path, bos_model: Path, completion_only: bool | None
+) -> None:
     rows = [
         {"prompt": "what is two? ", "completion": "four"},
         {"prompt": "hello", "completion": " world</s>", "id": "é🤷"},
         {"prompt": "the", "completion": ""},
     ]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
-    store = build(tmp_path, path, bos_model, assistant_only_loss=assistant_only)
+    store = build(tmp_path, path, bos_model, completion_only_loss=completion_only)
     whole = ["<s>what is two? four</s>", "<s>hello world</s>", "<s>the</s>"]
-    loss = ["four</s>", " world</s>", "</s>"] if assistant_only else [text[3:] for text in whole]
+    loss = (
+        ["four</s>", " world</s>", "</s>"] if completion_only is not False else [text[3:] for text in whole]
+    )
     assert decoded(store, bos_model) == list(zip(whole, loss, strict=True))
     assert store.ids[:] == ["0", "é🤷", "2"] and store.ids[-1] == "2" and len(store.ids) == 3
     assert [text for text, _ in decoded(build(tmp_path, path, model), model)] == [text[3:] for text in whole]

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from listed_moe import ListedExperts
 from test_oracle import assert_equal, double, probe
 from tiny import Rows, tiny_model
 from torch import Tensor, nn
@@ -19,38 +20,6 @@ from grads_dist.stats.segments import BatchLayout
 from grads_dist.stats.targets import resolve_targets
 
 WANTED = ["experts", "layers", "lm_head", "embedding"]
-
-
-class ListedExperts(nn.Module):
-    """A mixture as written before transformers 5: a list of modules, each called with its tokens' rows."""
-
-    def __init__(self, size: int, inner: int, dispatch: str = "index", num_experts: int = 4) -> None:
-        super().__init__()
-        self.gate = nn.Linear(size, num_experts, bias=False)
-        experts = [
-            nn.Sequential(nn.Linear(size, inner), nn.SiLU(), nn.Linear(inner, size))
-            for _ in range(num_experts)
-        ]
-        self.experts = nn.ModuleList(experts)
-        self.dispatch = dispatch
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        x = hidden.view(-1, hidden.shape[-1])
-        weights, chosen = self.gate(x).softmax(-1).topk(2)
-        out = torch.zeros_like(x)
-        for i, expert in enumerate(self.experts):
-            token, slot = torch.where(chosen == i)
-            if len(token) == 0:
-                continue
-            rows = {
-                "index": lambda t: x[t],
-                "row": lambda t: x[None, t].reshape(-1, x.shape[-1]),
-                "index_select": lambda t: x.index_select(0, t),
-                "mask": lambda t: x[torch.zeros(len(x), dtype=torch.bool).index_fill(0, t, True)],
-                "matrix": lambda t: nn.functional.one_hot(t, len(x)).to(x.dtype) @ x,
-            }[self.dispatch](token)
-            out.index_add_(0, token, expert(rows) * weights[token, slot, None])
-        return out.view_as(hidden)
 
 
 def listed(dispatch: str = "index") -> nn.Module:

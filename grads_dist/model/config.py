@@ -17,7 +17,7 @@ class ModelConfig:
     """Branch, tag or commit of a hub model."""
 
     adapter: str | None = None
-    """Folder or hub id of a PEFT adapter (LoRA). The base model's weights then stay frozen, in train mode too."""
+    """Folder or hub id of a PEFT adapter (LoRA). It alone is trained; the base model stays frozen."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     """Type of the weights while probing; auto is bfloat16 on CUDA and float32 on CPU."""

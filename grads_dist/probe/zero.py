@@ -15,7 +15,7 @@ from grads_dist.model.config import ModelConfig
 from grads_dist.model.probed import ProbedModel
 from grads_dist.probe.config import ProbeConfig
 from grads_dist.runtime.ranks import Ranks
-from grads_dist.stats.routed import expert_blocks
+from grads_dist.stats.routed import expert_blocks, give_idle_experts_gradients
 
 log = logging.getLogger(__name__)
 
@@ -203,7 +203,10 @@ def start_engine(model: ProbedModel, config: dict[str, Any], ranks: Ranks) -> An
     join_ranks(ranks)
     blocks = {type(block) for block in expert_blocks(model).values()}
     if blocks and zero_stage(config) == 3:
+        # Gathered whole: ranks whose tokens reach other experts would wait for each other.
         deepspeed.utils.set_z3_leaf_modules(model, sorted(blocks, key=lambda block: block.__name__))
+    elif blocks:
+        give_idle_experts_gradients(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=config)
     log.info("DeepSpeed engine: ZeRO stage %d, %d ranks", engine.zero_optimization_stage(), ranks.world_size)

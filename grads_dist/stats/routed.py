@@ -63,16 +63,38 @@ def _copies(rows_RD: Tensor, batch_ND: Tensor, index: Tensor) -> bool:
 
 
 def expert_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Layers that keep their experts as a list of modules, by name.
-
-    DeepSpeed must gather them whole at ZeRO stage 3: ranks whose tokens reach other experts would wait for
-    each other.
-    """
+    """Layers that keep their experts as a list of modules, by name."""
     return {
         name: module
         for name, module in model.named_modules()
         if isinstance(getattr(module, "experts", None), nn.ModuleList)
     }
+
+
+def give_idle_experts_gradients(model: nn.Module) -> None:
+    """Give the trained weights of experts that a batch does not reach a zero gradient instead of none.
+
+    DeepSpeed's stages 1 and 2 reduce gradients in the order in which they come; a rank that lacks one would
+    add others' to the wrong weights.
+    """
+    for block in expert_blocks(model).values():
+        reached: set[nn.Module] = set()
+        block.register_forward_pre_hook(lambda _, args, reached=reached: reached.clear())
+        for expert in block.experts:  # type: ignore[union-attr]
+            expert.register_forward_pre_hook(lambda module, args, reached=reached: reached.add(module))
+        block.register_forward_hook(partial(_touch_idle_experts, reached))
+
+
+def _touch_idle_experts(reached: set[nn.Module], block: Any, _: tuple, output: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return None
+    idle = (p for expert in block.experts if expert not in reached for p in expert.parameters())
+    zeros = [p.flatten()[0] * 0 for p in idle if p.requires_grad]
+    if not zeros:
+        return None
+    hidden, *rest = output if isinstance(output, tuple) else (output,)
+    hidden = hidden + torch.stack(zeros).sum().to(hidden.dtype)
+    return (hidden, *rest) if isinstance(output, tuple) else hidden
 
 
 class RoutedModules:

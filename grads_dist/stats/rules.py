@@ -91,7 +91,7 @@ def _known_by_kind(module: nn.Module, parameter: str) -> Rule | None:
         return None
     if isinstance(module, nn.Linear) and name in LINEAR_CLASSES:
         return Rule(linear, check=check_linear)
-    if name.endswith(("Router", "Gate")) and getattr(module, "weight", torch.empty(0)).dim() == 2:
+    if name.endswith(("Router", "Gate")) and isinstance(getattr(module, "weight", None), nn.Parameter):
         return Rule(linear, call=LINEAR)
     return None
 
