@@ -44,11 +44,12 @@ class Setup:
     global_batch: int
     batch_tokens: int
     ranks: Ranks
+    adapter: str | None = None
 
     @property
     def model_config(self) -> ModelConfig:
         """The benchmark's model; in float32, so that all variants' statistics can be compared."""
-        return ModelConfig(name_or_path=self.model_folder, dtype="float32")
+        return ModelConfig(name_or_path=self.model_folder, adapter=self.adapter, dtype="float32")
 
     def probe_config(self, mode: str, targets: list[str]) -> ProbeConfig:
         """Learning rate 0: an update costs the same, and all variants stay at the same weights."""
@@ -78,7 +79,7 @@ class Variant:
     may_fail: bool = False
 
 
-def _plain(setup: Setup) -> Step:
+def plain_step(setup: Setup) -> Step:
     """A training micro-step as a user of DeepSpeed writes it, with the same DeepSpeed configuration."""
     import deepspeed
 
@@ -93,7 +94,8 @@ def _plain(setup: Setup) -> Step:
         ranks=ranks,
     )
     join_ranks(ranks)
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=config)
 
     def step(work: Work) -> None:
         batch = work.batch
@@ -114,7 +116,8 @@ def _session(setup: Setup, mode: str, targets: list[str]) -> Session:
     return Session(config, setup.ranks)
 
 
-def _train(setup: Setup, targets: list[str], record: bool) -> Step:
+def training_step(setup: Setup, targets: list[str], record: bool) -> Step:
+    """A training micro-step of the probe, with the statistics of `targets` or without any."""
     session = _session(setup, "train", targets)
 
     def step(work: Work) -> dict[str, Statistics] | None:
@@ -165,13 +168,19 @@ _TRAIN = "training step"
 _FROZEN = "at frozen weights, no weight gradient, no update"
 
 VARIANTS = (
-    Variant(BASE, f"{_TRAIN}, plain DeepSpeed", _plain),
+    Variant(BASE, f"{_TRAIN}, plain DeepSpeed", plain_step),
     Variant(
-        "session", f"{_TRAIN}, loss at label positions only", partial(_train, targets=PAPER, record=False)
+        "session",
+        f"{_TRAIN}, loss at label positions only",
+        partial(training_step, targets=PAPER, record=False),
     ),
-    Variant("probed", f"{_TRAIN} + statistics of {_BOTH}", partial(_train, targets=PAPER, record=True)),
     Variant(
-        "probed-linear", f"{_TRAIN} + statistics of {_ALL}", partial(_train, targets=LINEAR, record=True)
+        "probed", f"{_TRAIN} + statistics of {_BOTH}", partial(training_step, targets=PAPER, record=True)
+    ),
+    Variant(
+        "probed-linear",
+        f"{_TRAIN} + statistics of {_ALL}",
+        partial(training_step, targets=LINEAR, record=True),
     ),
     Variant("frozen", f"statistics of {_BOTH} {_FROZEN}", partial(_frozen, targets=PAPER)),
     Variant("frozen-linear", f"statistics of {_ALL} {_FROZEN}", partial(_frozen, targets=LINEAR)),

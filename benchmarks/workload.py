@@ -86,25 +86,41 @@ class SyntheticRows:
         return self.masks[i]
 
 
-def save_random_model(folder: Path, size: Size, seed: int) -> Path:
-    """Write a random Llama of the given size."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def save_random_model(folder: Path, size: Size, seed: int, kind: str = "llama") -> Path:
+    """Write a random model of the given size: llama, gpt2 (tied, biases) or mixtral (2 of 8 experts)."""
+    import transformers
 
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=size.vocab,
-        hidden_size=size.hidden,
-        intermediate_size=size.hidden * 8 // 3 // 8 * 8 + 8,
-        num_hidden_layers=size.layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=MAX_LENGTH,
-        tie_word_embeddings=False,
-        pad_token_id=PAD,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    inner = size.hidden * 8 // 3 // 8 * 8 + 8
+    common = {"vocab_size": size.vocab, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2}
+    decoder = {
+        "hidden_size": size.hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": MAX_LENGTH,
+        "tie_word_embeddings": False,
+    }
+    gpt2 = {"n_positions": MAX_LENGTH, "n_embd": size.hidden, "n_layer": size.layers, "n_head": 4}
+    if kind == "llama":
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**common, **decoder))
+    elif kind == "gpt2":
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**common, **gpt2))
+    else:
+        assert kind == "mixtral"
+        model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**common, **decoder))
+    model.save_pretrained(folder)
+    return folder
+
+
+def save_random_adapter(model_folder: Path, folder: Path) -> Path:
+    """Write a random LoRA adapter of rank 16 for all linear layers of a Llama."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), config).save_pretrained(folder)
     return folder
 
 
