@@ -1,5 +1,55 @@
-"""Everything static is in pyproject.toml; native code, once there is some, is built from here."""
+"""Everything static is in pyproject.toml; the CPU kernels are built from here where there is a C++ compiler.
 
-from setuptools import setup
+Neither torch nor nvcc is needed. Without a compiler the package installs all the same and computes in torch.
+"""
 
-setup()
+import os
+import platform
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+SOURCES = os.path.join("kernels", "cpu")
+FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+# Name, floats in a register, rows of the register tile, flags: one build of variant.cpp each.
+GENERIC = [("generic", 4, 6, [])]
+X86 = [
+    ("avx2", 8, 6, ["-mavx2", "-mfma"]),
+    ("avx512", 16, 12, ["-mavx512f"]),
+    ("wide", 16, 12, ["-mavx2", "-mfma"]),
+]
+
+
+class BuildKernels(build_ext):
+    """Compiles one source once for each instruction set and links them to one library with a C interface."""
+
+    def build_extension(self, ext):
+        """Build the library; setuptools goes on without it when this fails, because it is optional."""
+        on_x86 = platform.machine().lower() in ("x86_64", "amd64")
+        macros = [("GD_X86", "1")] if on_x86 else []
+        objects = self._compile("dispatch.cpp", "dispatch", macros, [])
+        for name, lanes, rows, flags in GENERIC + (X86 if on_x86 else []):
+            variant = [("GD_VARIANT", name), ("GD_LANES", str(lanes)), ("GD_ROWS", str(rows))]
+            objects += self._compile("variant.cpp", name, macros + variant, flags)
+        path = self.get_ext_fullpath(ext.name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        self.compiler.link_shared_object(objects, path, extra_postargs=["-fopenmp"], target_lang="c++")
+
+    def get_export_symbols(self, ext):
+        """A C interface: there is no module initialisation to export."""
+        return []
+
+    def _compile(self, source, name, macros, flags):
+        return self.compiler.compile(
+            [os.path.join(SOURCES, source)],
+            output_dir=os.path.join(self.build_temp, name),
+            macros=macros,
+            depends=[os.path.join(SOURCES, header) for header in ("api.h", "segment_stats.h")],
+            extra_postargs=FLAGS + flags,
+        )
+
+
+setup(
+    ext_modules=[Extension("grads_dist._cpu_kernels", [os.path.join(SOURCES, "variant.cpp")], optional=True)],
+    cmdclass={"build_ext": BuildKernels},
+)

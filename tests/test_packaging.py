@@ -32,7 +32,7 @@ def test_wheel_holds_every_module_and_the_kernels(wheel):
     names = set(wheel.namelist())
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "grads_dist").rglob("*.py")}
     assert modules <= names
-    assert {"grads_dist/_kernels/README.md", "grads_dist/py.typed"} <= names
+    assert {"grads_dist/_kernels/cpu/segment_stats.h", "grads_dist/py.typed"} <= names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"grads_dist"}
 
 
@@ -57,6 +57,17 @@ def test_setup_needs_neither_torch_nor_a_compiler(tmp_path):
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_kernels_are_built_only_where_there_is_a_compiler(tmp_path):
+    for name in ("setup.py", "kernels"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    environment = {**os.environ, "CC": "/nowhere/cc", "CXX": "/nowhere/c++"}
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", "out"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "_cpu_kernels" in done.stdout + done.stderr, done.stderr
+    assert not list(tmp_path.rglob("_cpu_kernels*.so"))
 
 
 def test_requirements_are_ranges():

@@ -1,7 +1,7 @@
-"""The operations whose results are per-sample gradient statistics: the one interface that kernels implement.
+"""The operations whose results are per-sample gradient statistics: the one interface to the kernels.
 
-Everything else in the package calls these functions and nothing below them. The implementation here is pure
-torch; it runs on any device and in any floating type, and is what a kernel is tested against.
+Everything else in the package calls these functions and nothing below them. Which implementation runs is
+decided in backend.py.
 
 Shape legend: S samples, N packed rows, P outputs and D inputs of a weight, V vocabulary, U distinct
 (sample, token) pairs. Types: results are float64; products are formed in `accumulation_dtype`.
@@ -15,13 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grads_dist.stats import native, reference
+from grads_dist.stats.backend import backend_for
+from grads_dist.stats.reference import accumulation_dtype, row_sumsq
 from grads_dist.stats.segments import Segments
 from grads_dist.stats.statistics import Statistics
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64 input, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
@@ -51,37 +49,68 @@ def outer_product_stats(
         batch_gradient: if given, also gets the samples' gradients added.
         a_sums_N: float64 sums of the rows of `a`, for a caller that uses the same `a` many times.
 
-    One G_s exists at a time, in one scratch buffer. The sum uses its rank-1 form
-    sum_t (sum_j b_tj) (sum_k a_tk).
+    The sum uses its rank-1 form sum_t (sum_j b_tj) (sum_k a_tk).
     """
-    dtype = accumulation_dtype(b_NP.dtype)
-    scratch_PD = torch.empty(b_NP.shape[1], a_ND.shape[1], dtype=dtype, device=b_NP.device)
-
-    def gradient_of(sample: int) -> Tensor:
-        rows = slice(segments.offsets[sample], segments.offsets[sample + 1])
-        return torch.mm(b_NP[rows].t().to(dtype), a_ND[rows].to(dtype), out=scratch_PD)
-
-    sumsq, low, high = [], [], []
-    for sample in range(len(segments)):
-        g_PD = gradient_of(sample)
-        if batch_gradient is not None:
-            batch_gradient.total.add_(g_PD, alpha=batch_gradient.weights[sample])
-        minmax = torch.aminmax(g_PD)
-        sumsq.append(_row_sumsq(g_PD).sum())
-        low.append(minmax.min)
-        high.append(minmax.max)
-    if not len(segments):
-        return Statistics.empty(0, b_NP.device)
+    if b_NP.dtype != a_ND.dtype:
+        dtype = torch.promote_types(b_NP.dtype, a_ND.dtype)
+        b_NP, a_ND = b_NP.to(dtype), a_ND.to(dtype)
+    sumsq, low, high = _outer_product_stats(
+        b_NP,
+        a_ND,
+        list(segments.lengths),
+        None if batch_gradient is None else batch_gradient.total,
+        None if batch_gradient is None else list(batch_gradient.weights),
+        backend_for(b_NP.device, b_NP.dtype),
+    )
     a_sums_N = a_ND.sum(1, dtype=torch.float64) if a_sums_N is None else a_sums_N
     row_products = b_NP.sum(1, dtype=torch.float64) * a_sums_N
     stats = Statistics(
         sum=_segment_sum(row_products, segments),
-        sumsq=torch.stack(sumsq),
-        min=torch.stack(low).double(),
-        max=torch.stack(high).double(),
+        sumsq=sumsq,
+        min=low,
+        max=high,
         nonfinite=torch.zeros(len(segments), dtype=torch.int64, device=b_NP.device),
     )
+
+    def gradient_of(sample: int) -> Tensor:
+        rows = slice(segments.offsets[sample], segments.offsets[sample + 1])
+        dtype = accumulation_dtype(b_NP.dtype)
+        return b_NP[rows].t().to(dtype) @ a_ND[rows].to(dtype)
+
     return _in_float64_where_needed(stats, gradient_of)
+
+
+@torch.library.custom_op("grads_dist::outer_product_stats", mutates_args=("total_PD",))
+def _outer_product_stats(
+    b_NP: Tensor,
+    a_ND: Tensor,
+    lengths: list[int],
+    total_PD: Tensor | None,
+    weights: list[float] | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of squares, minimum and maximum of every sample's B_s^T A_s, float64 [S]."""
+    if backend == "reference":
+        return reference.outer_product_stats(b_NP, a_ND, lengths, total_PD, weights)
+    return native.outer_product_stats(
+        _with_whole_rows(b_NP), _with_whole_rows(a_ND), lengths, total_PD, weights
+    )
+
+
+def _with_whole_rows(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+@_outer_product_stats.register_fake
+def _(
+    b_NP: Tensor,
+    a_ND: Tensor,
+    lengths: list[int],
+    total_PD: Tensor | None,
+    weights: list[float] | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(b_NP.new_empty(len(lengths), dtype=torch.float64) for _ in range(3))  # type: ignore[return-value]
 
 
 def vector_stats(x_ND: Tensor, segments: Segments) -> Statistics:
@@ -97,7 +126,7 @@ def dense_row_stats(g_SD: Tensor) -> Statistics:
     """Statistics of every row of a matrix, each row a whole gradient."""
     stats = Statistics(
         sum=g_SD.sum(1, dtype=torch.float64),
-        sumsq=_row_sumsq(g_SD),
+        sumsq=row_sumsq(g_SD),
         min=g_SD.amin(1).double(),
         max=g_SD.amax(1).double(),
         nonfinite=torch.zeros(g_SD.shape[0], dtype=torch.int64, device=g_SD.device),
@@ -181,19 +210,13 @@ def ragged_row_stats(rows_UD: Tensor, segments: Segments) -> Statistics:
     lengths = segments.lengths_tensor(rows_UD.device)
     stats = Statistics(
         sum=_segment_sum(rows_UD.sum(1, dtype=torch.float64), segments),
-        sumsq=_segment_sum(_row_sumsq(rows_UD), segments),
+        sumsq=_segment_sum(row_sumsq(rows_UD), segments),
         min=torch.segment_reduce(rows_UD.amin(1).double(), "min", lengths=lengths, initial=torch.inf),
         max=torch.segment_reduce(rows_UD.amax(1).double(), "max", lengths=lengths, initial=-torch.inf),
         nonfinite=torch.zeros(len(segments), dtype=torch.int64, device=rows_UD.device),
     )
     offsets = segments.offsets
     return _in_float64_where_needed(stats, lambda sample: rows_UD[offsets[sample] : offsets[sample + 1]])
-
-
-def _row_sumsq(x_RD: Tensor) -> Tensor:
-    # Row by row in the accumulation type, then float64: 4e-9 relative on 10^6 elements, where one float32
-    # reduction over all of them loses 1e-5, and a float64 reduction takes four times as long.
-    return torch.linalg.vector_norm(x_RD, dim=1).double().square()
 
 
 def _segment_sum(x_N: Tensor, segments: Segments) -> Tensor:
@@ -215,4 +238,6 @@ def _in_float64_where_needed(stats: Statistics, gradient_of: Callable[[int], Ten
         g = gradient_of(sample)
         stats.nonfinite[sample] = (~g.isfinite()).sum()
         stats.sumsq[sample] = g.double().square().sum()
+        minmax = torch.aminmax(g)
+        stats.min[sample], stats.max[sample] = minmax.min, minmax.max
     return stats

@@ -1,0 +1,313 @@
+// Statistics of G_s = B_s^T A_s for every sample s, tile by tile: a tile of G_s lives in registers, is reduced
+// there, and is never stored. On request the tiles are also added up over the samples, weighted.
+//
+// Compiled once for each instruction set (variant.cpp). Vectors are GCC's and Clang's own vector types, so that
+// the code for wider registers also runs, slower, on machines without them.
+//
+// Legend: N packed rows (tokens), P columns of B, D columns of A, S samples; MR x NR is the register tile.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+
+#include <omp.h>
+
+#include "api.h"
+
+// Everything here is private to its translation unit, and uses no library template: the linker would be free to
+// take one instruction set's copy of a shared function for all of them.
+namespace {
+
+#ifndef GD_LANES
+#error "GD_LANES: floats in a register"
+#endif
+
+constexpr int kLanes = GD_LANES;
+constexpr int kVectors = 2;                  // vectors in a row of the tile
+constexpr int kCols = kVectors * kLanes;     // NR
+constexpr int kRows = GD_ROWS;               // MR
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef double DVec __attribute__((vector_size(kLanes * 8)));
+
+// Tokens of one chunk of samples: their panels of A stay in the first two cache levels.
+constexpr int64_t kChunkTokens = 512;
+// Bytes of panels of B that one thread goes through for each panel of A.
+constexpr int64_t kGroupBytes = 128 << 10;
+
+// What one thread keeps of one sample over the tiles of one row panel.
+struct Partial {
+  Vec low, high;
+  DVec sumsq;
+};
+
+struct Numbers {
+  float low, high;
+  double sumsq;
+};
+
+inline Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
+inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+
+inline Partial empty_partial() {
+  Partial partial;
+  partial.low = Vec{} + std::numeric_limits<float>::infinity();
+  partial.high = Vec{} - std::numeric_limits<float>::infinity();
+  partial.sumsq = DVec{};
+  return partial;
+}
+
+// The lanes are folded in their order, so that a sample's bits never depend on anything but itself.
+inline Numbers fold(const Partial& partial) {
+  Numbers n{partial.low[0], partial.high[0], partial.sumsq[0]};
+  for (int l = 1; l < kLanes; l++) {
+    n.low = partial.low[l] < n.low ? partial.low[l] : n.low;
+    n.high = partial.high[l] > n.high ? partial.high[l] : n.high;
+    n.sumsq += partial.sumsq[l];
+  }
+  return n;
+}
+
+inline float as_float(float x) { return x; }
+inline float as_float(uint16_t bf16) {
+  uint32_t bits = static_cast<uint32_t>(bf16) << 16;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+// Rows [begin, end) of one panel of `width` columns, in float32, padded with zeros: dst[t][width].
+template <typename T>
+inline void pack(const T* src, int64_t ld, int64_t begin, int64_t end, int64_t col, int64_t num_cols, int width,
+                 float* dst) {
+  const int64_t count = num_cols - col < width ? num_cols - col : width;
+  for (int64_t t = begin; t < end; t++, dst += width) {
+    const T* row = src + t * ld + col;
+    if (count == width) {
+      for (int c = 0; c < width; c++) dst[c] = as_float(row[c]);
+    } else {
+      for (int c = 0; c < width; c++) dst[c] = c < count ? as_float(row[c]) : 0.0f;
+    }
+  }
+}
+
+struct Tile {
+  Vec x[kRows][kVectors];
+};
+
+// acc = sum over tokens of b_t a_t^T, from packed panels.
+inline __attribute__((always_inline)) void multiply(int64_t tokens, const float* __restrict a,
+                                                    const float* __restrict b, Vec (&acc)[kRows][kVectors]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; i++)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; v++) acc[i][v] = Vec{};
+  for (int64_t t = 0; t < tokens; t++, a += kCols, b += kRows) {
+    Vec av[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; v++) av[v] = *reinterpret_cast<const Vec*>(a + v * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; i++)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; v++) acc[i][v] += av[v] * b[i];
+  }
+}
+
+// One tile of one sample: its statistics into `partial`, and weighted into `sum` when `kSum`.
+template <bool kSum>
+inline void whole_tile(int64_t tokens, const float* __restrict a, const float* __restrict b, Partial& partial,
+                       float weight, Tile& sum) {
+  Vec acc[kRows][kVectors];
+  multiply(tokens, a, b, acc);
+  // Four chains each: the additions would wait for one another.
+  Vec low[4], high[4], squares[4];
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; c++) {
+    low[c] = high[c] = acc[c / 2][c % 2];
+    squares[c] = low[c] * low[c];
+  }
+#pragma GCC unroll 16
+  for (int i = 2; i < kRows; i++)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; v++) {
+      const Vec x = acc[i][v];
+      const int c = i % 2 * 2 + v;
+      low[c] = smaller(low[c], x);
+      high[c] = larger(high[c], x);
+      squares[c] += x * x;
+    }
+  partial.low = smaller(partial.low, smaller(smaller(low[0], low[1]), smaller(low[2], low[3])));
+  partial.high = larger(partial.high, larger(larger(high[0], high[1]), larger(high[2], high[3])));
+  // float32 within the tile, float64 across tiles.
+  partial.sumsq += __builtin_convertvector((squares[0] + squares[1]) + (squares[2] + squares[3]), DVec);
+  if (!kSum) return;
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; i++)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; v++) sum.x[i][v] += acc[i][v] * weight;
+}
+
+// A tile at the matrix' edge: what lies beyond it is no element.
+inline void edge_tile(int64_t tokens, const float* a, const float* b, int rows, int cols, Partial& partial,
+                      float weight, Tile& sum) {
+  Tile tile;
+  multiply(tokens, a, b, tile.x);
+  Vec squares = Vec{};
+  for (int i = 0; i < rows; i++)
+    for (int c = 0; c < cols; c++) {
+      const int l = c % kLanes;
+      const float x = tile.x[i][c / kLanes][l];
+      partial.low[l] = x < partial.low[l] ? x : partial.low[l];
+      partial.high[l] = x > partial.high[l] ? x : partial.high[l];
+      squares[l] += x * x;
+      sum.x[i][c / kLanes][l] += x * weight;
+    }
+  partial.sumsq += __builtin_convertvector(squares, DVec);
+}
+
+inline void add_to_matrix(const Tile& sum, int rows, int cols, float* total, int64_t ld) {
+  for (int i = 0; i < rows; i++) {
+    float* row = total + i * ld;
+    for (int c = 0; c < cols; c++) row[c] += sum.x[i][c / kLanes][c % kLanes];
+  }
+}
+
+inline void add_to_matrix_whole(const Tile& sum, float* total, int64_t ld) {
+  for (int i = 0; i < kRows; i++)
+    for (int v = 0; v < kVectors; v++) {
+      float* at = total + i * ld + v * kLanes;
+      Vec old;
+      std::memcpy(&old, at, sizeof(Vec));
+      old += sum.x[i][v];
+      std::memcpy(at, &old, sizeof(Vec));
+    }
+}
+
+// Cache-line aligned memory; `at` is null when there is none left.
+template <typename T>
+struct Buffer {
+  explicit Buffer(int64_t count)
+      : at(static_cast<T*>(std::aligned_alloc(64, (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64))) {}
+  ~Buffer() { std::free(at); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* const at;
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// End of the chunk that begins with sample `first`: small enough for the caches, or one long sample.
+inline int64_t chunk_end(const gd_outer_product& q, int64_t first) {
+  int64_t last = first + 1;
+  while (last < q.num_samples && q.offsets[last + 1] - q.offsets[first] <= kChunkTokens) last++;
+  return last;
+}
+
+// The samples [first, last) of one chunk, packed.
+struct Chunk {
+  int64_t first, last, begin, tokens;
+  const float *a, *b;  // panel after panel
+  int64_t group;       // row panels that a thread goes through for each panel of A
+};
+
+// All tiles of the row panels [i_begin, i_end): statistics into `partials`, the weighted sum into the matrix.
+inline void run_group(const gd_outer_product& q, const Chunk& c, int64_t i_begin, int64_t i_end,
+                      Partial* partials) {
+  const int64_t count = c.last - c.first;
+  for (int64_t n = 0; n < (i_end - i_begin) * count; n++) partials[n] = empty_partial();
+  for (int64_t j = 0; j < ceil_div(q.num_a_cols, kCols); j++) {
+    const float* a = c.a + j * kCols * c.tokens;
+    const int cols = static_cast<int>(lesser(q.num_a_cols - j * kCols, kCols));
+    for (int64_t i = i_begin; i < i_end; i++) {
+      const float* b = c.b + i * kRows * c.tokens;
+      const int rows = static_cast<int>(lesser(q.num_b_cols - i * kRows, kRows));
+      const bool whole = rows == kRows && cols == kCols;
+      Tile sum{};
+      for (int64_t s = c.first; s < c.last; s++) {
+        const int64_t at = q.offsets[s] - c.begin, length = q.offsets[s + 1] - q.offsets[s];
+        if (length == 0) continue;
+        Partial& partial = partials[(i - i_begin) * count + s - c.first];
+        const float weight = q.weights ? q.weights[s] : 1.0f;
+        const float *a_s = a + at * kCols, *b_s = b + at * kRows;
+        if (!whole)
+          edge_tile(length, a_s, b_s, rows, cols, partial, weight, sum);
+        else if (q.total)
+          whole_tile<true>(length, a_s, b_s, partial, weight, sum);
+        else
+          whole_tile<false>(length, a_s, b_s, partial, weight, sum);
+      }
+      if (!q.total) continue;
+      float* at = q.total + i * kRows * q.ld_total + j * kCols;
+      if (whole)
+        add_to_matrix_whole(sum, at, q.ld_total);
+      else
+        add_to_matrix(sum, rows, cols, at, q.ld_total);
+    }
+  }
+}
+
+// The row panels' numbers of one sample, in order.
+inline void finish_sample(const gd_outer_product& q, int64_t sample, const Numbers* numbers, int64_t stride,
+                          int64_t num_panels) {
+  Numbers n = numbers[0];
+  for (int64_t i = 1; i < num_panels; i++) {
+    const Numbers& m = numbers[i * stride];
+    n.low = m.low < n.low ? m.low : n.low;
+    n.high = m.high > n.high ? m.high : n.high;
+    n.sumsq += m.sumsq;
+  }
+  const bool empty = q.offsets[sample + 1] == q.offsets[sample];
+  q.low[sample] = empty ? 0.0f : n.low;
+  q.high[sample] = empty ? 0.0f : n.high;
+  q.sumsq[sample] = empty ? 0.0 : n.sumsq;
+}
+
+template <typename T>
+int outer_product_stats(const gd_outer_product& q) {
+  const int64_t num_a = ceil_div(q.num_a_cols, kCols), num_b = ceil_div(q.num_b_cols, kRows);
+  const T* a = static_cast<const T*>(q.a);
+  const T* b = static_cast<const T*>(q.b);
+  int64_t most_tokens = 0, most_samples = 0;
+  for (int64_t first = 0, last; first < q.num_samples; first = last) {
+    last = chunk_end(q, first);
+    most_tokens = greater(most_tokens, q.offsets[last] - q.offsets[first]);
+    most_samples = greater(most_samples, last - first);
+  }
+  const int64_t group = greater(1, lesser(16, kGroupBytes / (kRows * greater(1, most_tokens) * 4)));
+  Buffer<float> packed_a(num_a * kCols * most_tokens), packed_b(num_b * kRows * most_tokens);
+  Buffer<Numbers> numbers(num_b * most_samples);
+  Buffer<Partial> partials(group * most_samples * q.num_threads);
+  if (!packed_a.at || !packed_b.at || !numbers.at || !partials.at) return GD_NO_MEMORY;
+
+  for (int64_t first = 0, last; first < q.num_samples; first = last) {
+    last = chunk_end(q, first);
+    const int64_t begin = q.offsets[first], end = q.offsets[last], tokens = end - begin, count = last - first;
+    const Chunk chunk{first, last, begin, tokens, packed_a.at, packed_b.at, group};
+#pragma omp parallel num_threads(q.num_threads)
+    {
+#pragma omp for schedule(static) nowait
+      for (int64_t j = 0; j < num_a; j++)
+        pack(a, q.lda, begin, end, j * kCols, q.num_a_cols, kCols, packed_a.at + j * kCols * tokens);
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < num_b; i++)
+        pack(b, q.ldb, begin, end, i * kRows, q.num_b_cols, kRows, packed_b.at + i * kRows * tokens);
+      Partial* own = partials.at + omp_get_thread_num() * group * most_samples;
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t g = 0; g < ceil_div(num_b, group); g++) {
+        const int64_t i_begin = g * group, i_end = lesser(i_begin + group, num_b);
+        run_group(q, chunk, i_begin, i_end, own);
+        for (int64_t n = 0; n < (i_end - i_begin) * count; n++) numbers.at[i_begin * count + n] = fold(own[n]);
+      }
+    }
+    for (int64_t s = 0; s < count; s++) finish_sample(q, first + s, numbers.at + s, count, num_b);
+  }
+  return GD_OK;
+}
+
+}  // namespace
