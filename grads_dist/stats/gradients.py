@@ -25,10 +25,19 @@ class OuterProduct:
     b_NP: Tensor
     a_ND: Tensor
     segments: Segments
+    batch: ops.BatchGradient | None = None
 
     def statistics(self) -> Statistics:
-        """Statistics over the P x D elements of every sample's gradient."""
-        return ops.outer_product_stats(self.b_NP, self.a_ND, self.segments)
+        """Statistics over the P x D elements of every sample's gradient; fills `batch` on the way."""
+        batch = None if self.batch is None or self.batch.done else self.batch
+        return ops.outer_product_stats(self.b_NP, self.a_ND, self.segments, batch)
+
+    def add_to_batch(self) -> None:
+        """Fill `batch` if no statistics were taken."""
+        if self.batch is not None and not self.batch.done:
+            dtype = self.batch.total.dtype
+            self.batch.total.addmm_(self.b_NP.t().to(dtype), self.a_ND.to(dtype))
+            self.batch.done = True
 
 
 @dataclass(frozen=True)

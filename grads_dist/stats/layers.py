@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from grads_dist.errors import ConfigError
+from grads_dist.stats import ops
 from grads_dist.stats.capture import captured, tap_call, tap_output
 from grads_dist.stats.experts import Routed, expert_gradients, is_fused_experts, watch_experts
-from grads_dist.stats.gradients import SampleGradient, Zero
+from grads_dist.stats.gradients import OuterProduct, SampleGradient, Zero
 from grads_dist.stats.routed import RoutedModules
 from grads_dist.stats.rules import Rule, rule_for
 from grads_dist.stats.segments import BatchLayout, PackedLayout
+from grads_dist.stats.shared import can_share, share_gradient
 
 Consumer = Callable[[str, SampleGradient], None]
 """Takes a qualified parameter name and the per-sample gradients that one backward pass gave it."""
@@ -31,10 +34,13 @@ class LayerReader:
         model: attach before DeepSpeed wraps it where possible; afterwards works too.
         parameters: qualified names, of parameters that `rule_for` or the fused experts know.
         consume: what takes the gradients.
+        share: sum the weight gradients of linear layers that are trained from the same products.
     """
 
-    def __init__(self, model: nn.Module, parameters: Iterable[str], consume: Consumer) -> None:
-        self._model, self._consume = model, consume
+    def __init__(
+        self, model: nn.Module, parameters: Iterable[str], consume: Consumer, share: bool = False
+    ) -> None:
+        self._model, self._consume, self._share = model, consume, share
         self._layout: BatchLayout | None = None
         self._seen: set[tuple[str, str]] = set()
         self._checked: set[type[nn.Module]] = set()
@@ -89,7 +95,8 @@ class LayerReader:
         if is_fused_experts(module):
             yield watch_experts(module, lambda: partial(self._take_experts, name) if self._active() else None)
             return
-        rules = {local: rule_for(module, local) for local in sorted(self._wanted[name])}
+        # Weights first: where a layer's gradient is shared, its bias is read in the same place.
+        rules = {local: rule_for(module, local) for local in sorted(self._wanted[name], reverse=True)}
         attached: list[Rule] = []
         for local, rule in rules.items():
             assert rule is not None
@@ -97,7 +104,10 @@ class LayerReader:
                 continue
             attached.append(rule)
             tap = partial(self._tap, name, module, rule)
-            if rule.call is None:
+            if self._share and local == "weight" and can_share(module) and not self._routed.may_be_idle(name):
+                sink = partial(self._take_shared, name, module, rule)
+                yield share_gradient(module, sink, tap, self._active)
+            elif rule.call is None:
                 yield tap_output(module, tap)
             else:
                 yield tap_call(module, rule.call, getattr(module, local), tap, self._active)
@@ -134,11 +144,29 @@ class LayerReader:
             order, segments = layout.pack_groups(rows, torch.zeros_like(rows), 1)
             a, b = (x.reshape(-1, x.shape[-1]).index_select(0, order) for x in (a, b))
             layout = PackedLayout(segments)
+        self._give(name, self._gradients(name, rule, module, a, b, layout))
+
+    def _gradients(
+        self, name: str, rule: Rule, module: nn.Module, a: Tensor, b: Tensor, layout: BatchLayout
+    ) -> dict[str, SampleGradient]:
         try:
             found = rule.gradients(module, a, b, layout)
         except ValueError as error:
             raise ConfigError(f"probe.targets: {name}: {error}") from None
-        self._give(name, {local: g for local, g in found.items() if local in rule.parameters})
+        return {local: gradient for local, gradient in found.items() if local in rule.parameters}
+
+    def _take_shared(self, name: str, module: nn.Module, rule: Rule, a: Tensor, b: Tensor) -> Tensor:
+        dtype = ops.accumulation_dtype(b.dtype)
+        total = torch.zeros(b.shape[-1], a.shape[-1], dtype=dtype, device=b.device)
+        layout = self._layout
+        assert layout is not None, "the backward pass belongs inside `batch`"
+        found = self._gradients(name, rule, module, a, b, layout)
+        weight = found["weight"]
+        assert isinstance(weight, OuterProduct)
+        shared = replace(weight, batch=ops.BatchGradient(total))
+        self._give(name, {**found, "weight": shared})
+        shared.add_to_batch()
+        return total
 
     def _take_experts(self, name: str, parameter: str, a: Tensor, b: Tensor, routed: Routed) -> None:
         if self._layout is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -61,7 +62,7 @@ def outer_product_stats(
     a_ND: Tensor,
     lengths: list[int],
     total_PD: Tensor | None,
-    weights: list[float] | None,
+    weights: Sequence[float] | None,
     variant: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of squares, minimum and maximum of G_s = B_s^T A_s for every sample, float64 [S] each.

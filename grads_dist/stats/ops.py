@@ -9,7 +9,7 @@ Shape legend: S samples, N packed rows, P outputs and D inputs of a weight, V vo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,15 +22,17 @@ from grads_dist.stats.segments import Segments
 from grads_dist.stats.statistics import Statistics
 
 
-@dataclass(frozen=True)
+@dataclass
 class BatchGradient:
     """Where the weighted sum of the samples' gradients goes, from the products formed for the statistics.
 
-    `total` [P, D] gets sum_s weights[s] G_s added; `weights` has one number a sample.
+    `total` [P, D] gets sum_s weights[s] G_s added; `weights` has one number a sample, None for ones. `done`
+    says that it has been.
     """
 
     total: Tensor
-    weights: tuple[float, ...]
+    weights: tuple[float, ...] | None = None
+    done: bool = False
 
 
 def outer_product_stats(
@@ -54,14 +56,12 @@ def outer_product_stats(
     if b_NP.dtype != a_ND.dtype:
         dtype = torch.promote_types(b_NP.dtype, a_ND.dtype)
         b_NP, a_ND = b_NP.to(dtype), a_ND.to(dtype)
-    sumsq, low, high = _outer_product_stats(
-        b_NP,
-        a_ND,
-        list(segments.lengths),
-        None if batch_gradient is None else batch_gradient.total,
-        None if batch_gradient is None else list(batch_gradient.weights),
-        backend_for(b_NP.device, b_NP.dtype),
-    )
+    total, weights = None, None
+    if batch_gradient is not None:
+        total, weights = batch_gradient.total, batch_gradient.weights
+        batch_gradient.done = True
+    backend = backend_for(b_NP.device, b_NP.dtype)
+    sumsq, low, high = _outer_product_stats(b_NP, a_ND, list(segments.lengths), total, weights, backend)
     a_sums_N = a_ND.sum(1, dtype=torch.float64) if a_sums_N is None else a_sums_N
     row_products = b_NP.sum(1, dtype=torch.float64) * a_sums_N
     stats = Statistics(
@@ -86,7 +86,7 @@ def _outer_product_stats(
     a_ND: Tensor,
     lengths: list[int],
     total_PD: Tensor | None,
-    weights: list[float] | None,
+    weights: Sequence[float] | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of squares, minimum and maximum of every sample's B_s^T A_s, float64 [S]."""
@@ -107,7 +107,7 @@ def _(
     a_ND: Tensor,
     lengths: list[int],
     total_PD: Tensor | None,
-    weights: list[float] | None,
+    weights: Sequence[float] | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(b_NP.new_empty(len(lengths), dtype=torch.float64) for _ in range(3))  # type: ignore[return-value]

@@ -5,6 +5,8 @@ Shape legend: S samples, N packed rows, P outputs and D inputs of a weight.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ def outer_product_stats(
     a_ND: Tensor,
     lengths: list[int],
     total_PD: Tensor | None,
-    weights: list[float] | None,
+    weights: Sequence[float] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of squares, minimum and maximum of G_s = B_s^T A_s for every sample, float64 [S] each.
 
