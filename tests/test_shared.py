@@ -26,7 +26,8 @@ def assert_same_gradients(ours, model, bound=THROUGH_FLOAT32):
         if p.grad is None and q.grad is None:
             continue
         error = (q.grad - p.grad).abs().max().item()
-        if not error <= bound * max(p.grad.abs().max().item(), 1e-30):
+        # A bias of keys has no gradient but for rounding: softmax does not see it.
+        if not error <= bound * max(p.grad.abs().max().item(), 1e-9):
             faults.append(f"{name}: {error:.3g} of {p.grad.abs().max().item():.3g}")
     assert not faults, "\n".join(faults[:10])
 
