@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -26,6 +27,19 @@ GENERATION = (
     "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}"
     "{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Shows tools and calls.
+CALLING = (
+    "{% macro said(m) %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "{{ c.function.name }}({{ c.function.arguments | tojson }}){% endfor %}<|im_end|>{% endmacro %}"
+    "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ said(m) }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CALLING_MARKED = CALLING.replace(
+    "{{ said(m) }}",
+    "{% if m.role == 'assistant' %}{% generation %}{{ said(m) }}{% endgeneration %}{% else %}{{ said(m) }}"
+    "{% endif %}",
 )
 # Turns in the style of Llama 2: no header to prompt with, the content trimmed, the turn ends with </s>.
 INSTRUCT = (
@@ -104,3 +118,9 @@ def build(
     path = path if isinstance(path, list) else str(path)
     config = DataConfig(path, **{"cache_dir": str(folder / "cache"), "num_workers": 1, **options})
     return tokenize(config, Corpus.open(config), TokenizerSource(str(model)), vocab_size)
+
+
+def loss_runs(tokenizer: Any, ids: np.ndarray, loss: np.ndarray) -> list[str]:
+    """The decoded runs of tokens that carry loss."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], loss, [False]]).astype(int)))
+    return [tokenizer.decode(ids[a:b].tolist()) for a, b in zip(edges[::2], edges[1::2], strict=True)]

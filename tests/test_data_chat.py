@@ -6,7 +6,6 @@ import logging
 from functools import cache
 from typing import Any
 
-import numpy as np
 import pytest
 from data_helpers import (
     CHATML,
@@ -17,6 +16,7 @@ from data_helpers import (
     REVERSED,
     SHOUTING,
     chat,
+    loss_runs,
     make_tokenizer,
 )
 from hypothesis import given, settings
@@ -45,12 +45,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Any]:
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "bos-trimmed"])
 def tokenizer(request: pytest.FixtureRequest, folders: dict[bool, Any]) -> Any:
     return AutoTokenizer.from_pretrained(folders[request.param])
-
-
-def loss_runs(tokenizer: Any, ids: np.ndarray, loss: np.ndarray) -> list[str]:
-    """The decoded runs of tokens that carry loss."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], loss, [False]]).astype(int)))
-    return [tokenizer.decode(ids[a:b].tolist()) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
 
 def said(tokenizer: Any, template: str, row: dict[str, Any], num_prompt: int = 0) -> list[str]:

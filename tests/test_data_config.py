@@ -18,7 +18,8 @@ from grads_dist.errors import ConfigError
         ({"path": []}, "data.path: [] is not a file, a glob or a non-empty list of them"),
         (
             {"format": "csv"},
-            "data.format: 'csv' is not one of auto, messages, sharegpt, alpaca, prompt_completion, text, tokens",
+            "data.format: 'csv' is not one of auto, messages, sharegpt, alpaca, prompt_completion, text, "
+            "tokens",
         ),
         ({"columns": {"chat": "x"}}, "data.columns: 'chat' is not one of messages, conversations, prompt"),
         ({"columns": {"id": 3}}, "data.columns.id: 3 is not a column name"),
@@ -28,7 +29,10 @@ from grads_dist.errors import ConfigError
         ({"num_workers": 0}, "data.num_workers: 0 is not a whole number of at least 1"),
         ({"assistant_only_loss": "no"}, "data.assistant_only_loss: 'no' is not true or false"),
         ({"completion_only_loss": 1}, "data.completion_only_loss: 1 is not true, false or null"),
-        ({"roles": {"bot": "robot"}}, "data.roles.bot: 'robot' is not one of system, user, assistant, tool"),
+        (
+            {"roles": {"bot": "robot"}},
+            "data.roles.bot: 'robot' is not one of system, user, assistant, tool",
+        ),
         ({"roles": "bot"}, "data.roles: 'bot' is not a map from a role tag to a role"),
         ({"split": ""}, "data.split: '' is not a name"),
         ({"target": []}, "data.target: [] is not a file, a glob or a non-empty list of them"),

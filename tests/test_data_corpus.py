@@ -170,6 +170,8 @@ def test_order_is_that_of_the_list_and_sorted_within_a_glob(tmp_path: Path) -> N
         (["none.jsonl"], ConfigError, "matches no file"),
         (["*.nothing"], ConfigError, "matches no file"),
         (["a.jsonl", "*.jsonl"], ConfigError, "is named twice"),
+        (["gone*.json"], DataError, "cannot be read (No such file or directory)"),
+        (["gone*.csv"], DataError, "cannot be read into the cache"),
         (["c.txt"], ConfigError, "does not end in .jsonl, .json, .csv, .parquet, .arrow"),
         (["b.parquet"], DataError, "is no readable Parquet"),
         (["empty.jsonl"], DataError, "no rows in"),
@@ -182,6 +184,8 @@ def test_paths_that_cannot_be_used(
     (tmp_path / "a.jsonl").write_text('{"text": "a"}')
     (tmp_path / "b.parquet").write_text("not parquet")
     (tmp_path / "c.txt").write_text("a")
+    for kind in ("json", "csv"):
+        (tmp_path / f"gone.{kind}").symlink_to(tmp_path / "nowhere")
     (tmp_path / "empty.jsonl").write_text(" \n\n")
     (tmp_path / "bad.jsonl").write_text("x\ny\n")
     with pytest.raises(error) as failure:

@@ -116,9 +116,7 @@ def test_prompt_and_completion(
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     store = build(tmp_path, path, bos_model, completion_only_loss=completion_only)
     whole = ["<s>what is two? four</s>", "<s>hello world</s>", "<s>the</s>"]
-    loss = (
-        ["four</s>", " world</s>", "</s>"] if completion_only is not False else [text[3:] for text in whole]
-    )
+    loss = [text[3:] for text in whole] if completion_only is False else ["four</s>", " world</s>", "</s>"]
     assert decoded(store, bos_model) == list(zip(whole, loss, strict=True))
     assert store.ids[:] == ["0", "é🤷", "2"] and store.ids[-1] == "2" and len(store.ids) == 3
     assert [text for text, _ in decoded(build(tmp_path, path, model), model)] == [text[3:] for text in whole]

@@ -10,7 +10,8 @@ import numpy as np
 
 from grads_dist.data.chat import ChatEncoder
 from grads_dist.data.config import DataConfig
-from grads_dist.data.formats import Chat, Completion, Example, RowFormat, Text, Tokens, read_example
+from grads_dist.data.example import Chat, Completion, Example, Text, Tokens
+from grads_dist.data.formats import CHATS, RowFormat, read_example
 from grads_dist.data.rows import RowError
 from grads_dist.data.spans import tokenize_spans
 from grads_dist.data.tokenizer import TokenizerSource, find_template, load_tokenizer
@@ -26,9 +27,15 @@ class Encoding:
     """How rows are encoded; equal encodings of equal rows give equal tokens."""
 
     config: DataConfig
-    row_format: RowFormat
+    formats: tuple[RowFormat, ...]
+    """Of each file of the corpus."""
     source: TokenizerSource
     vocab_size: int | None = None
+
+    @property
+    def kinds(self) -> str:
+        """The formats in words."""
+        return " and ".join(dict.fromkeys(self.formats))
 
 
 @dataclass(frozen=True)
@@ -53,39 +60,46 @@ class RowEncoder:
 
     def __init__(self, encoding: Encoding) -> None:
         self._config = encoding.config
-        self._format = encoding.row_format
+        self._formats = list(dict.fromkeys(encoding.formats))
         self._vocab_size = encoding.vocab_size
         self.tokenizer: Any = None
         self.template: str | None = None
         self._chat: ChatEncoder | None = None
         self._head: list[int] = []
         self._tail: list[int] = []
-        if encoding.row_format == "tokens":
+        if self._formats == ["tokens"]:
             return
         self.tokenizer = load_tokenizer(encoding.source)
         self._head, self._tail = _text_frame(self.tokenizer)
-        if encoding.row_format != "text":
+        if any(name in (*CHATS, "prompt_completion") for name in self._formats):
             self.template = find_template(self.tokenizer, self._config.chat_template)
         if self.template is not None:
             self._chat = ChatEncoder(self.tokenizer, self.template)
-        elif encoding.row_format == "messages":
+        elif any(name in CHATS for name in self._formats):
             raise ConfigError(_NO_TEMPLATE)
 
     @property
     def mask(self) -> str:
         """How the tokens that carry loss are found, in one phrase."""
-        if self._format == "tokens":
+        return ", ".join(dict.fromkeys(map(self._mask, self._formats)))
+
+    def _mask(self, row_format: RowFormat) -> str:
+        if row_format == "tokens":
             return "labels"
-        if not self._config.assistant_only_loss:
-            return "all tokens"
-        if self._format == "messages" and self._chat is not None:
+        if row_format in CHATS and self._config.assistant_only_loss and self._chat is not None:
             marks = {"generation": "{% generation %} marks", "prefix": "growing prefixes"}
             return f"assistant turns by {marks[self._chat.method]}"
-        return "completion" if self._format == "prompt_completion" else "all tokens"
+        if row_format == "prompt_completion" and self._completion_only:
+            return "completion"
+        return "all tokens"
 
-    def encode(self, row: dict[str, Any]) -> EncodedRow:
-        """Encode `row`. Raises RowError when it cannot be used."""
-        ids, loss = self._encode(read_example(row, self._config, self._format))
+    @property
+    def _completion_only(self) -> bool:
+        return self._config.completion_only_loss is not False
+
+    def encode(self, row: dict[str, Any], row_format: RowFormat) -> EncodedRow:
+        """Encode `row`, which is of this format. Raises RowError when it cannot be used."""
+        ids, loss = self._encode(read_example(row, self._config, row_format))
         return self._finish(ids, loss)
 
     def _encode(self, example: Example) -> tuple[np.ndarray, np.ndarray]:
@@ -95,11 +109,11 @@ class RowEncoder:
             return self._frame(example.text, 0)
         if isinstance(example, Completion):
             text = example.prompt + example.completion
-            return self._frame(text, len(example.prompt) if self._config.assistant_only_loss else 0)
+            return self._frame(text, len(example.prompt) if self._completion_only else 0)
         assert isinstance(example, Chat)
         if self._chat is None:
             raise ConfigError(_NO_TEMPLATE)
-        return self._chat.encode(example, self._config.assistant_only_loss)
+        return self._chat.encode(example, self._config.assistant_only_loss, self._completion_only)
 
     def _frame(self, text: str, start: int) -> tuple[np.ndarray, np.ndarray]:
         """`text` between a document's special tokens; characters from `start` on and the end carry loss."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from grads_dist.data.config import DataConfig
 from grads_dist.data.corpus import Corpus
+from grads_dist.data.detect import resolve_formats
 from grads_dist.data.encode import EncodedRow, Encoding, RowEncoder
-from grads_dist.data.formats import read_id, resolve_format
+from grads_dist.data.formats import RowFormat, read_id
 from grads_dist.data.rows import Broken, RowError
 from grads_dist.data.tokenizer import TokenizerSource, load_tokenizer
 from grads_dist.errors import ConfigError
@@ -34,24 +36,32 @@ def inspect(config: Config, count: int) -> str:
     source = TokenizerSource(
         config.model.name_or_path or "", config.model.revision, config.model.trust_remote_code
     )
-    row_format = resolve_format(data, corpus.columns(), is_schema=corpus.kind == "parquet")
-    encoding = Encoding(data, row_format, source, vocab_size)
+    encoding = Encoding(data, tuple(resolve_formats(data, corpus)), source, vocab_size)
     encoder = RowEncoder(encoding)
     tokenizer = _tokenizer_to_show(encoder, source)
     samples: list[str] = []
     rejected: list[tuple[int, RowError]] = []
-    for index, row in corpus.iter_rows(0, min(corpus.num_rows, _MOST_ROWS)):
+    for index, row, row_format in _first_rows(corpus, encoding):
         if len(samples) == count:
             break
         try:
             if isinstance(row, Broken):
                 raise RowError("broken row", row.reason)
-            encoded = encoder.encode(row)
+            encoded = encoder.encode(row, row_format)
             samples.append(_sample(index, read_id(row, data, index), encoded, tokenizer))
         except RowError as error:
             rejected.append((index, error))
-    head = f"{corpus.num_rows} rows of {row_format}; loss on {encoder.mask}, marked {OPEN}so{CLOSE}"
+    head = f"{corpus.num_rows} rows of {encoding.kinds}; loss on {encoder.mask}, marked {OPEN}so{CLOSE}"
     return "\n\n".join([head, *samples, *_rejections(rejected, len(samples))]) + "\n"
+
+
+def _first_rows(
+    corpus: Corpus, encoding: Encoding
+) -> Iterator[tuple[int, dict[str, Any] | Broken, RowFormat]]:
+    for part, row_format in enumerate(encoding.formats):
+        low, high = corpus.part_range(part, 0, _MOST_ROWS)
+        for index, row in corpus.iter_rows(low, max(low, high)):
+            yield index, row, row_format
 
 
 def _as_run(config: Config) -> tuple[DataConfig, int | None]:

@@ -4,61 +4,38 @@ A row is a line that holds more than white space. Lines end with a newline (a ca
 belongs to the line); the last one needs none. A byte order mark at the start of the file belongs to no row.
 """
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from grads_dist.data.rows import Broken, kind_of_value, shorten
-from grads_dist.data.scan import Scan
-
-_ROWS_PER_READ = 4096
+from grads_dist.data.records import parse_object, read_slices
+from grads_dist.data.rows import Broken
 
 
 class JsonlFile:
-    """The rows of one .jsonl file, read where they lie; only offsets are mapped, no row is kept."""
+    """The rows of one file of JSON lines, read where they lie; only offsets are mapped, no row is kept."""
 
-    def __init__(self, path: Path, scan: Scan) -> None:
-        assert scan.starts is not None
+    schema = None
+
+    def __init__(self, path: Path, starts: np.ndarray) -> None:
         self.path = path
-        self.num_rows = len(scan.starts) - 1
-        self._starts = scan.starts
+        self.num_rows = len(starts) - 1
+        self._starts = starts
 
     def rows(self, start: int, stop: int, columns: list[str] | None) -> Iterator[dict[str, Any] | Broken]:
         """Rows `start` to `stop`, parsed; all columns, whatever `columns` asks for."""
-        with self.path.open("rb") as file:
-            for row in range(start, stop, _ROWS_PER_READ):
-                bounds = self._starts[row : min(row + _ROWS_PER_READ, stop) + 1].tolist()
-                for begin, end in zip(bounds, bounds[1:], strict=False):
-                    yield self._parse(_line(file, begin, end), begin)
+        for begin, line in self._lines(range(start, stop)):
+            yield parse_object(line, f"{self.path.name}, line at byte {begin}")
 
-    def copy_rows(self, rows: np.ndarray, target: BinaryIO) -> None:
-        """Append the original bytes of the sorted `rows` to `target`; each line ends with a newline."""
-        with self.path.open("rb") as file:
-            for row in rows.tolist():
-                line = _line(file, int(self._starts[row]), int(self._starts[row + 1]))
-                target.write(line if line.endswith(b"\n") else line + b"\n")
+    def json_lines(self, rows: np.ndarray) -> Iterator[bytes]:
+        """The original bytes of the sorted `rows`; each line ends with a newline."""
+        for _, line in self._lines(rows.tolist()):
+            yield line if line.endswith(b"\n") else line + b"\n"
 
-    def _parse(self, line: bytes, begin: int) -> dict[str, Any] | Broken:
-        where = f"{self.path.name}, line at byte {begin}"
-        try:
-            row = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            return Broken(f"not UTF-8 text ({where}: {error.reason} at byte {error.start} of the line)")
-        except json.JSONDecodeError as error:
-            return Broken(f"broken JSON ({where}: {error.msg} at column {error.colno})")
-        except (ValueError, RecursionError) as error:
-            return Broken(f"broken JSON ({where}: {shorten(str(error))})")
-        if not isinstance(row, dict):
-            return Broken(f"the row is {kind_of_value(row)}, not an object ({where})")
-        return row
-
-
-def _line(file: BinaryIO, begin: int, end: int) -> bytes:
-    """The line from `begin`, with its ending; blank lines may follow up to `end`, where the next row is."""
-    file.seek(begin)
-    block = file.read(end - begin)
-    newline = block.find(b"\n")
-    return block if newline < 0 else block[: newline + 1]
+    def _lines(self, rows: Iterable[int]) -> Iterator[tuple[int, bytes]]:
+        """(position, line with its ending); blank lines may follow up to where the next row is."""
+        for begin, block in read_slices(self.path, self._starts, rows):
+            newline = block.find(b"\n")
+            yield begin, block if newline < 0 else block[: newline + 1]

@@ -1,4 +1,4 @@
-"""One streaming pass over a corpus file: its content hash and, for JSON lines, where each row starts.
+"""One streaming pass over a corpus file: its content hash and, for text, where each row starts.
 
 Both are kept in the cache under the file's path, size and times, so that a file is read through once.
 """
@@ -6,20 +6,28 @@ Both are kept in the cache under the file's path, size and times, so that a file
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import numpy as np
 
 from grads_dist.data.cache import publish
+from grads_dist.data.csv_records import record_starts
+from grads_dist.data.json_array import element_starts
+from grads_dist.data.records import BYTE_ORDER_MARK, LayoutError
 from grads_dist.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1
+Layout = Literal["lines", "array", "records"]
+"""How rows lie in a text file: a line each, elements of a JSON array, or CSV records."""
+
+_VERSION = 2
+_STARTS_PER_WRITE = 1 << 16
 _BLOCK_BYTES = 1 << 22
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _NEWLINE = 10
 _IS_SPACE = np.zeros(256, dtype=bool)
 _IS_SPACE[list(b" \t\n\r\v\f")] = True
@@ -27,27 +35,27 @@ _IS_SPACE[list(b" \t\n\r\v\f")] = True
 
 @dataclass(frozen=True)
 class Scan:
-    """What the pass found: sha256 and size in bytes; int64[num_rows + 1] row starts, the last the size."""
+    """What the pass found: sha256 and size in bytes; int64[num_rows + 1] row starts, the last is the end."""
 
     sha256: str
     size: int
     starts: np.ndarray | None
 
 
-def scan_file(path: Path, cache_folder: Path, find_rows: bool) -> Scan:
-    """Scan `path`, or take an earlier scan of the same file from the cache.
+def scan_file(path: Path, cache_folder: Path, layout: Layout | None) -> Scan:
+    """Scan `path`, or take an earlier scan of it from the cache; without a layout for its hash alone.
 
-    Raises DataError when the file cannot be read or changes meanwhile, ConfigError when the cache cannot be
-    written.
+    Raises DataError when the file cannot be read, has not this layout or changes meanwhile, ConfigError when
+    the cache cannot be written.
     """
     try:
         state = _state(path)
-        folder = cache_folder / "scans" / _key(path, state, find_rows)
+        folder = cache_folder / "scans" / _key(path, state, layout)
         if not folder.exists():
             logger.info("reading through %s (%.1f MB)", path, state[0] / 1e6)
             with publish(folder) as temporary, path.open("rb") as file:
                 with (temporary / "starts.i64").open("wb") as target:
-                    digest = _pass(file, target if find_rows else None)
+                    digest = _pass(file, target, layout)
                 (temporary / "scan.json").write_text(json.dumps({"sha256": digest, "path": str(path)}))
                 if _state(path) != state:
                     raise DataError(f"data.path: {str(path)!r} changed while it was read")
@@ -55,8 +63,10 @@ def scan_file(path: Path, cache_folder: Path, find_rows: bool) -> Scan:
         raise DataError(
             f"data.path: {str(path)!r} cannot be read into the cache {str(cache_folder)!r} ({error.strerror})"
         ) from error
+    except LayoutError as fault:
+        raise DataError(f"data.path: {str(path)!r} {fault}") from fault
     digest = json.loads((folder / "scan.json").read_text())["sha256"]
-    starts = np.memmap(folder / "starts.i64", dtype=np.int64, mode="r") if find_rows else None
+    starts = np.memmap(folder / "starts.i64", dtype=np.int64, mode="r") if layout else None
     return Scan(digest, state[0], starts)
 
 
@@ -65,28 +75,36 @@ def _state(path: Path) -> tuple[int, int, int]:
     return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
-def _key(path: Path, state: tuple[int, int, int], find_rows: bool) -> str:
-    text = json.dumps([_VERSION, str(path.resolve()), *state, find_rows])
+def _key(path: Path, state: tuple[int, int, int], layout: Layout | None) -> str:
+    text = json.dumps([_VERSION, str(path.resolve()), *state, layout])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _pass(file: BinaryIO, starts: BinaryIO | None) -> str:
-    """Read all of `file`; write each row's start, then the file's size, to `starts`. Returns the sha256."""
+def _pass(file: BinaryIO, starts: BinaryIO, layout: Layout | None) -> str:
+    """Read all of `file`; write the rows' starts, then where they end, to `starts`. Returns the sha256."""
     digest = hashlib.sha256()
     position = 0
     # The start of a line that so far holds only white space, carried from block to block.
     pending: int | None = 0
     while block := file.read(_BLOCK_BYTES):
         digest.update(block)
-        if starts is not None:
-            if position == 0 and block.startswith(_BYTE_ORDER_MARK):
+        if layout == "lines":
+            if position == 0 and block.startswith(BYTE_ORDER_MARK):
                 block, position, pending = block[3:], 3, 3
             found, pending = _row_starts(np.frombuffer(block, np.uint8), position, pending)
             found.tofile(starts)
         position += len(block)
-    if starts is not None:
+    if layout == "lines":
         np.array([position], dtype=np.int64).tofile(starts)
+    elif layout is not None:
+        file.seek(0)
+        _write(element_starts(file) if layout == "array" else record_starts(file), starts)
     return digest.hexdigest()
+
+
+def _write(found: Iterator[int], starts: BinaryIO) -> None:
+    while some := list(islice(found, _STARTS_PER_WRITE)):
+        np.array(some, dtype=np.int64).tofile(starts)
 
 
 def _row_starts(block: np.ndarray, position: int, pending: int | None) -> tuple[np.ndarray, int | None]:

@@ -13,6 +13,7 @@ from grads_dist.errors import ConfigError
 
 Span = tuple[int, int]
 Messages = list[dict[str, Any]]
+Tools = list[dict[str, Any]]
 
 TODAY = datetime(2025, 1, 1)
 """What `strftime_now` of a template tells: the tokens of a row must not depend on the day."""
@@ -37,25 +38,28 @@ class ChatTemplate:
         self._head = _FIXED_DATE if "strftime_now" in template else ""
         self._template = self._head + template
 
-    def render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
+    def render(
+        self, messages: Messages, add_generation_prompt: bool = False, tools: Tools | None = None
+    ) -> str:
         """The conversation as text, with the header that prompts an answer if asked.
 
         Raises RowError when the template refuses the conversation, ConfigError when it is no Jinja.
         """
-        return self._render(messages, add_generation_prompt, False)[0]
+        return self._render(messages, add_generation_prompt, tools, False)[0]
 
-    def render_marked(self, messages: Messages) -> tuple[str, list[Span]]:
+    def render_marked(self, messages: Messages, tools: Tools | None = None) -> tuple[str, list[Span]]:
         """The text and its spans marked by `{% generation %}`, in characters. Raises what `render` raises."""
-        return self._render(messages, False, True)
+        return self._render(messages, False, tools, True)
 
     def _render(
-        self, messages: Messages, add_generation_prompt: bool, is_marked: bool
+        self, messages: Messages, add_generation_prompt: bool, tools: Tools | None, is_marked: bool
     ) -> tuple[str, list[Span]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
             texts, marks = render_jinja_template(
                 [messages],
+                tools=tools,
                 chat_template=self._template,
                 return_assistant_tokens_mask=is_marked,
                 add_generation_prompt=add_generation_prompt,

@@ -16,9 +16,11 @@ from pathlib import Path
 from grads_dist.data.cache import publish
 from grads_dist.data.config import DataConfig
 from grads_dist.data.corpus import Corpus
+from grads_dist.data.detect import resolve_formats
 from grads_dist.data.encode import Encoding, RowEncoder
-from grads_dist.data.formats import read_id, resolve_format, used_columns
+from grads_dist.data.formats import read_id, used_columns
 from grads_dist.data.layout import META, ChunkWriter, Counts, join_chunks
+from grads_dist.data.locate import Source
 from grads_dist.data.rows import Broken, RowError
 from grads_dist.data.store import SCHEMA, TokenStore
 from grads_dist.data.tokenizer import TokenizerSource, tokenizer_hash
@@ -40,11 +42,10 @@ def tokenize(
     number of processes. Raises ConfigError for a tokenizer, template or cache that cannot be used, DataError
     when the columns fit no format or no row can be used.
     """
-    row_format = resolve_format(config, corpus.columns(), is_schema=corpus.kind == "parquet")
-    encoding = Encoding(config, row_format, tokenizer_source, vocab_size)
+    encoding = Encoding(config, tuple(resolve_formats(config, corpus)), tokenizer_source, vocab_size)
     encoder = RowEncoder(encoding)
     folder = config.cache_folder() / "tokens" / _key(encoding, encoder, corpus)
-    logger.info("rows are %s, loss on %s", encoding.row_format, encoder.mask)
+    logger.info("rows are %s, loss on %s", encoding.kinds, encoder.mask)
     if (folder / META).exists():
         logger.info("tokens found in the cache: %s", folder)
     else:
@@ -88,16 +89,16 @@ def _run(
         return total
     num_workers = _num_workers(encoding.config.num_workers, corpus.num_rows)
     logger.info("tokenizing %d rows in %d processes", corpus.num_rows, num_workers)
-    for counts in _in_processes(encoding, chunks, folder, num_workers):
+    for counts in _in_processes((encoding, corpus.sources), chunks, folder, num_workers):
         total.add(counts)
     return total
 
 
 def _in_processes(
-    encoding: Encoding, chunks: list[Chunk], folder: Path, num_workers: int
+    work: tuple[Encoding, list[Source]], chunks: list[Chunk], folder: Path, num_workers: int
 ) -> Iterator[Counts]:
     # Spawned: this process may hold threads, a GPU and process groups, none of which survives a fork.
-    pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), _start_worker, (encoding,))
+    pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), _start_worker, work)
     try:
         futures = [pool.submit(_work, chunk, folder) for chunk in chunks]
         for chunk, future in zip(chunks, futures, strict=True):
@@ -116,11 +117,11 @@ def _in_processes(
 _worker: tuple[Encoding, RowEncoder, Corpus] | None = None
 
 
-def _start_worker(encoding: Encoding) -> None:
+def _start_worker(encoding: Encoding, sources: list[Source]) -> None:
     global _worker
     # The processes are the parallelism; threads of the tokenizers library would only get in each other's way.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker = (encoding, RowEncoder(encoding), Corpus.open(encoding.config))
+    _worker = (encoding, RowEncoder(encoding), Corpus.of(sources, encoding.config))
 
 
 def _work(chunk: Chunk, folder: Path) -> Counts:
@@ -134,13 +135,17 @@ def _encode_chunk(
     name, start, stop = chunk
     config = encoding.config
     with ChunkWriter(folder / name) as writer:
-        for index, row in corpus.iter_rows(start, stop, used_columns(config, encoding.row_format)):
-            try:
-                if isinstance(row, Broken):
-                    raise RowError("broken row", row.reason)
-                writer.add(index, read_id(row, config, index), encoder.encode(row))
-            except RowError as error:
-                writer.reject(index, error)
+        for part, row_format in enumerate(encoding.formats):
+            low, high = corpus.part_range(part, start, stop)
+            if low >= high:
+                continue
+            for index, row in corpus.iter_rows(low, high, used_columns(config, row_format)):
+                try:
+                    if isinstance(row, Broken):
+                        raise RowError("broken row", row.reason)
+                    writer.add(index, read_id(row, config, index), encoder.encode(row, row_format))
+                except RowError as error:
+                    writer.reject(index, error)
     return writer.counts
 
 
@@ -151,10 +156,12 @@ def _key(encoding: Encoding, encoder: RowEncoder, corpus: Corpus) -> str:
         "schema": SCHEMA,
         "corpus": corpus.fingerprint,
         "rows": corpus.num_rows,
-        "format": encoding.row_format,
-        "columns": used_columns(config, encoding.row_format),
+        "formats": encoding.formats,
+        "columns": config.columns,
+        "roles": config.roles,
         "max_length": config.max_length,
         "assistant_only_loss": config.assistant_only_loss,
+        "completion_only_loss": config.completion_only_loss is not False,
         "template": encoder.template,
         "vocab_size": encoding.vocab_size,
         "tokenizer": None if encoder.tokenizer is None else tokenizer_hash(encoder.tokenizer),
@@ -180,7 +187,7 @@ def _meta(encoding: Encoding, encoder: RowEncoder, corpus: Corpus, counts: Count
     return {
         "schema": SCHEMA,
         "corpus": corpus.fingerprint,
-        "format": encoding.row_format,
+        "format": encoding.kinds,
         "mask": encoder.mask,
         "num_rows": counts.num_rows,
         "num_tokens": counts.num_tokens,

@@ -52,6 +52,7 @@ EVERYTHING = {"probe__warmup": 0.5}
 REST = {"probe__warmup": 0.5, "probe__warmup_probe": "rest"}
 OBJECTIVES = [{}, TOKEN_MEAN]
 STAGES = [1, 2, 3]
+CHECKPOINTED = [{"model__gradient_checkpointing": how} for how in ("nonreentrant", "reentrant")]
 
 CASES = [
     *[Case("with", 2, stage) for stage in STAGES],
@@ -60,6 +61,7 @@ CASES = [
     *[Case("with", 2, stage, TOKEN_MEAN) for stage in STAGES],
     *[Case("with", 2, stage, options) for stage in (2, 3) for options in (EVERYTHING, REST)],
     Case("with", 2, 2, TWO_EPOCHS),
+    *[Case("with", 2, stage, options) for stage in (1, 3) for options in CHECKPOINTED],
     *[Case("with", 1, stage, options) for stage in (0, 2) for options in OBJECTIVES],
     *[Case("torch", 1, 0, options) for options in (*OBJECTIVES, EVERYTHING, TWO_EPOCHS)],
 ]
@@ -181,6 +183,12 @@ def test_equals_plain_torch_on_one_rank(trainings, stage, options):
 def test_ranks_and_stages_do_not_matter(trainings, options):
     for stage in STAGES:
         assert_same_training(trainings, Case("with", 2, stage, options), Case("torch", 1, 0, options))
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("options", CHECKPOINTED, ids=["nonreentrant", "reentrant"])
+def test_gradient_checkpointing_does_not_matter(trainings, stage, options):
+    assert_same_training(trainings, Case("with", 2, stage, options), Case("torch", 1, 0))
 
 
 def test_two_epochs_equal_plain_torch_and_the_table_is_of_the_second(trainings):
