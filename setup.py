@@ -10,6 +10,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCES = os.path.join("kernels", "cpu")
+HEADERS = ("api.h", "common.h", "row_sums.h", "segment_stats.h")
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 # Name, floats in a register, rows of the register tile, flags: one build of variant.cpp each.
 GENERIC = [("generic", 4, 6, [])]
@@ -44,7 +45,7 @@ class BuildKernels(build_ext):
             [os.path.join(SOURCES, source)],
             output_dir=os.path.join(self.build_temp, name),
             macros=macros,
-            depends=[os.path.join(SOURCES, header) for header in ("api.h", "segment_stats.h")],
+            depends=[os.path.join(SOURCES, header) for header in HEADERS],
             extra_postargs=FLAGS + flags,
         )
 

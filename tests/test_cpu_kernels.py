@@ -25,23 +25,31 @@ def draw(lengths, num_b, num_a, dtype=torch.float32, seed=0):
     return b, a
 
 
-def truth(b, a, lengths):
-    """Sum of squares, minimum and maximum in float64."""
-    found = []
-    for x, y in zip(b.double().split(lengths), a.double().split(lengths), strict=True):
-        g = x.t() @ y
-        found.append([g.square().sum(), g.min(), g.max()])
+def numbers(gradients):
+    """Sum, sum of squares, minimum and maximum of float64 gradients [4, S]."""
+    found = [[g.sum(), g.square().sum(), g.min(), g.max()] for g in gradients]
     return torch.tensor(found, dtype=torch.float64).T
 
 
+def truth(b, a, lengths):
+    parts = zip(b.double().split(lengths), a.double().split(lengths), strict=True)
+    return numbers([x.t() @ y for x, y in parts])
+
+
+def assert_close_to(exact, ours, theirs, numel, terms):
+    """No further from float64 than twice the reference, and a few roundings.
+
+    `terms` [S] are the largest sums of absolute terms that an element of each sample is made of.
+    """
+    slack = 2 * torch.finfo(torch.float32).eps
+    slack *= torch.stack([exact[1].sqrt() * numel**0.5, 8 * exact[1], terms, terms])
+    assert ((torch.stack(ours) - exact).abs() <= 2 * (torch.stack(theirs) - exact).abs() + slack).all()
+
+
 def assert_as_good_as_reference(found, b, a, lengths):
-    """No further from float64 than twice the reference, and a few roundings of the largest number."""
-    exact = truth(b, a, lengths)
-    theirs = torch.stack(reference.outer_product_stats(b, a, lengths, None, None))
-    ours = torch.stack(found)
-    largest = exact[1:].abs().amax(0)
-    slack = torch.stack([exact[0], largest, largest]) * 8 * torch.finfo(torch.float32).eps
-    assert ((ours - exact).abs() <= 2 * (theirs - exact).abs() + slack).all()
+    theirs = reference.outer_product_stats(b, a, lengths, None, None)
+    terms = truth(b.abs(), a.abs(), lengths)[3]
+    assert_close_to(truth(b, a, lengths), found, theirs, b.shape[1] * a.shape[1], terms)
 
 
 @needs_kernels
@@ -112,10 +120,10 @@ def test_bits_depend_on_the_sample_alone(variant):
 def test_scaling_by_powers_of_two_is_exact(variant, dtype):
     lengths = [17, 3]
     b, a = draw(lengths, 20, 33, dtype)
-    sumsq, low, high = native.outer_product_stats(b, a, lengths, None, None, variant)
+    total, sumsq, low, high = native.outer_product_stats(b, a, lengths, None, None, variant)
     scaled = native.outer_product_stats(b * -4, a, lengths, None, None, variant)
-    assert torch.equal(scaled[0], sumsq * 16)
-    assert torch.equal(scaled[1], high * -4) and torch.equal(scaled[2], low * -4)
+    assert torch.equal(scaled[0], total * -4) and torch.equal(scaled[1], sumsq * 16)
+    assert torch.equal(scaled[2], high * -4) and torch.equal(scaled[3], low * -4)
 
 
 @needs_kernels
@@ -125,8 +133,8 @@ def test_transposed_factors_have_the_same_extremes(variant):
     b, a = draw(lengths, 29, 35)
     one = native.outer_product_stats(b, a, lengths, None, None, variant)
     other = native.outer_product_stats(a, b, lengths, None, None, variant)
-    assert torch.equal(one[1], other[1]) and torch.equal(one[2], other[2])
-    torch.testing.assert_close(one[0], other[0], rtol=1e-7, atol=0)
+    assert torch.equal(one[2], other[2]) and torch.equal(one[3], other[3])
+    torch.testing.assert_close(one[:2], other[:2], rtol=1e-7, atol=1e-12)
 
 
 @needs_kernels
@@ -138,7 +146,7 @@ def test_what_is_not_finite_stays_in_its_sample(variant, bad):
     clean = torch.stack(native.outer_product_stats(b, a, lengths, None, None, variant))
     a[15, 39] = bad
     found = torch.stack(native.outer_product_stats(b, a, lengths, None, None, variant))
-    assert not found[0, 1].isfinite()
+    assert not found[1, 1].isfinite()
     assert torch.equal(found[:, [0, 2]], clean[:, [0, 2]])
 
 
@@ -167,7 +175,7 @@ def test_squares_beyond_float32_are_repaired(monkeypatch, scale):
     b, a = draw(lengths, 8, 9)
     found = ops.outer_product_stats(b * scale, a, Segments(tuple(lengths)))
     expected = truth(b * scale, a, lengths)
-    torch.testing.assert_close(found.sumsq, expected[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.sumsq, expected[1], rtol=1e-5, atol=0)
 
 
 @needs_kernels
@@ -185,12 +193,86 @@ def test_rows_with_any_stride(monkeypatch):
     torch.testing.assert_close(found.max, a.double().sum(0).max()[None], rtol=1e-5, atol=1e-6)
 
 
+RUNS = [3, 1, 40, 0, 2, 5, 1]
+SAMPLES = [2, 0, 4, 1]
+"""Runs of each sample: the second has none, and one run of the third has no rows."""
+
+
+def sums_of(b, x, order, norm, of=lambda rows: rows):
+    """Every run's sum, and those of a sample stacked, in float64."""
+    rows = b.double()
+    if x is not None:
+        rows = rows * reference.normalised(x, norm, 1e-5).double()
+    rows = of(rows)
+    rows = rows if order is None else rows[order]
+    runs = torch.stack([part.sum(0) for part in rows.split(RUNS)])
+    return runs, [part if len(part) else torch.zeros(1, 1).double() for part in runs.split(SAMPLES)]
+
+
+@needs_kernels
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("norm", [reference.NO_NORM, reference.RMS_NORM, reference.LAYER_NORM])
+@pytest.mark.parametrize("num_cols", [1, 8, 33, 64])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_sums_of_rows(variant, dtype, norm, num_cols, ordered):
+    b, x = draw([sum(RUNS)], num_cols, num_cols, dtype)
+    x = None if norm == reference.NO_NORM else x + 0.5
+    order = torch.randperm(len(b), generator=torch.Generator().manual_seed(0)) if ordered else None
+    offsets = torch.tensor([0, *RUNS]).cumsum(0)
+    ours, theirs = torch.full((len(RUNS), num_cols), torch.nan), torch.empty(len(RUNS), num_cols)
+    arguments = (b, x, order, offsets, SAMPLES, norm, 1e-5)
+    found = native.row_sum_stats(*arguments, ours, variant)
+    expected = reference.row_sum_stats(*arguments, theirs)
+    runs, samples = sums_of(b, x, order, norm)
+    terms = numbers(sums_of(b, x, order, norm, of=torch.abs)[1])[3]
+    # In bfloat16 xhat is rounded, and may fall on the neighbouring number.
+    coarse = 2**14 if dtype == torch.bfloat16 and norm else 1
+    assert_close_to(numbers(samples), found, expected, max(SAMPLES) * num_cols * coarse**2, terms * coarse)
+    assert ((ours - runs).abs() <= 2 * (theirs - runs).abs() + 1e-6 * coarse * terms.max()).all()
+    without_rows = native.row_sum_stats(*arguments, None, variant)
+    assert torch.equal(torch.stack(found), torch.stack(without_rows))
+
+
+@needs_kernels
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_sums_of_rows_depend_on_the_sample_alone(variant):
+    b, x = draw([60], 21, 21)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            offsets = torch.tensor([0, 20, 25, 60])
+            found.append(native.row_sum_stats(b, x, None, offsets, [1, 1, 1], 1, 1e-5, None, variant))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(torch.stack(found[0]), torch.stack(found[1]))
+    alone = native.row_sum_stats(b[20:25], x[20:25], None, torch.tensor([0, 5]), [1], 1, 1e-5, None, variant)
+    assert torch.equal(torch.stack(found[0])[:, 1], torch.stack(alone)[:, 0])
+
+
+@pytest.mark.parametrize("name", ["reference", *(["cpu"] if VARIANTS else [])])
+def test_both_backends_count_what_is_not_finite_in_sums_of_rows(monkeypatch, name):
+    monkeypatch.setenv(backend.VARIABLE, name)
+    b, x = draw([9], 6, 6)
+    b[4, 2], b[5, 3], b[4, 0] = torch.nan, torch.inf, 1e30
+    found = ops.vector_stats(b, Segments((3, 3, 3)), ops.Normalised(x, "rms", 1e-6))
+    assert found.nonfinite.tolist() == [0, 2, 0] and found.sumsq[[0, 2]].isfinite().all()
+    ids = torch.tensor([1, 1, 2, 0, 2, 0, 3, 3, 3])
+    touched = ops.embedding_rows(b, ids, Segments((3, 3, 3)))
+    assert ops.embedding_stats(touched, 5).nonfinite.tolist() == [0, 2, 0]
+
+
 @pytest.mark.parametrize("name", ["reference", *(["cpu"] if VARIANTS else [])])
 def test_operator_keeps_torchs_contract(name):
     b, a = draw([3, 5], 4, 6)
     arguments = (b, a, [3, 5], torch.zeros(4, 6), [1.0, 2.0], name)
     torch.library.opcheck(ops._outer_product_stats, arguments)
     torch.library.opcheck(ops._outer_product_stats, (b, a, [3, 5], None, None, name))
+    rows = (b, b + 1, torch.arange(8), torch.tensor([0, 3, 8]), [1, 1], 1, 1e-5, name)
+    torch.library.opcheck(ops._row_sums, rows)
+    torch.library.opcheck(ops._row_sums, (b, None, None, torch.tensor([0, 3, 8]), [2, 0], 0, 0.0, name))
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ Shape legend: S samples, N packed rows, P outputs and D inputs of a weight, G gr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -42,14 +43,23 @@ class OuterProduct:
 
 @dataclass(frozen=True)
 class VectorSum:
-    """g_s = sum of the sample's rows [D]: a bias, or a norm's gain."""
+    """g_s = sum of the sample's rows [D]: a bias; with `normalised` the rows times xhat: a norm's gain."""
 
-    x_ND: Tensor
+    b_ND: Tensor
     segments: Segments
+    normalised: ops.Normalised | None = None
+
+    @cached_property
+    def x_ND(self) -> Tensor:
+        """The rows that are summed."""
+        if self.normalised is None:
+            return self.b_ND
+        dtype = ops.accumulation_dtype(self.b_ND.dtype)
+        return self.b_ND.to(dtype) * self.normalised().to(dtype)
 
     def statistics(self) -> Statistics:
         """Statistics over the D elements of every sample's gradient."""
-        return ops.vector_stats(self.x_ND, self.segments)
+        return ops.vector_stats(self.b_ND, self.segments, self.normalised)
 
 
 @dataclass(frozen=True)
@@ -83,9 +93,7 @@ class Grouped:
     def present(self) -> OuterProduct | VectorSum:
         """`inner` without its empty segments: most samples do not reach most groups."""
         segments = Segments(tuple(n for n in self.inner.segments.lengths if n))
-        if isinstance(self.inner, VectorSum):
-            return VectorSum(self.inner.x_ND, segments)
-        return OuterProduct(self.inner.b_NP, self.inner.a_ND, segments)
+        return replace(self.inner, segments=segments)
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,37 @@ class _OuterProduct(ctypes.Structure):
         ("num_samples", ctypes.c_int64),
         ("low", ctypes.c_void_p),
         ("high", ctypes.c_void_p),
+        ("sum", ctypes.c_void_p),
         ("sumsq", ctypes.c_void_p),
         ("total", ctypes.c_void_p),
         ("ld_total", ctypes.c_int64),
         ("weights", ctypes.c_void_p),
+        ("type", ctypes.c_int32),
+        ("num_threads", ctypes.c_int32),
+    ]
+
+
+class _RowSums(ctypes.Structure):
+    """gd_row_sums of api.h."""
+
+    _fields_ = [
+        ("b", ctypes.c_void_p),
+        ("x", ctypes.c_void_p),
+        ("ldb", ctypes.c_int64),
+        ("ldx", ctypes.c_int64),
+        ("num_cols", ctypes.c_int64),
+        ("order", ctypes.c_void_p),
+        ("run_offsets", ctypes.c_void_p),
+        ("num_runs", ctypes.c_int64),
+        ("sample_runs", ctypes.c_void_p),
+        ("num_samples", ctypes.c_int64),
+        ("sum", ctypes.c_void_p),
+        ("sumsq", ctypes.c_void_p),
+        ("low", ctypes.c_void_p),
+        ("high", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
+        ("eps", ctypes.c_float),
+        ("norm", ctypes.c_int32),
         ("type", ctypes.c_int32),
         ("num_threads", ctypes.c_int32),
     ]
@@ -60,12 +87,12 @@ def variants() -> tuple[str, ...]:
 def outer_product_stats(
     b_NP: Tensor,
     a_ND: Tensor,
-    lengths: list[int],
+    lengths: Sequence[int],
     total_PD: Tensor | None,
     weights: Sequence[float] | None,
     variant: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of squares, minimum and maximum of G_s = B_s^T A_s for every sample, float64 [S] each.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sum, sum of squares, minimum and maximum of G_s = B_s^T A_s for every sample, float64 [S] each.
 
     Args:
         b_NP, a_ND: float32 or bfloat16 on CPU, both of one type, rows contiguous.
@@ -77,13 +104,9 @@ def outer_product_stats(
     Where a sample has a non-finite element its sum of squares is not finite, and its other numbers mean
     nothing.
     """
-    found = library()
-    assert found is not None and b_NP.dtype == a_ND.dtype
-    num_samples = len(lengths)
-    offsets = torch.zeros(num_samples + 1, dtype=torch.int64)
-    torch.cumsum(torch.tensor(lengths, dtype=torch.int64), 0, out=offsets[1:])
-    low, high = torch.empty(num_samples), torch.empty(num_samples)
-    sumsq = torch.empty(num_samples, dtype=torch.float64)
+    assert b_NP.dtype == a_ND.dtype
+    offsets = _offsets(lengths)
+    found = _Results(len(lengths))
     factors = None if weights is None else torch.tensor(weights, dtype=torch.float32)
     query = _OuterProduct(
         b=b_NP.data_ptr(),
@@ -93,18 +116,96 @@ def outer_product_stats(
         num_b_cols=b_NP.shape[1],
         num_a_cols=a_ND.shape[1],
         offsets=offsets.data_ptr(),
-        num_samples=num_samples,
-        low=low.data_ptr(),
-        high=high.data_ptr(),
-        sumsq=sumsq.data_ptr(),
-        total=None if total_PD is None else total_PD.data_ptr(),
+        num_samples=len(lengths),
+        **found.pointers(),
+        total=_pointer(total_PD),
         ld_total=0 if total_PD is None else total_PD.stride(0),
-        weights=None if factors is None else factors.data_ptr(),
+        weights=_pointer(factors),
         type=TYPES[b_NP.dtype],
         num_threads=torch.get_num_threads(),
     )
-    status = found.gd_cpu_outer_product_stats((variant or variants()[0]).encode(), ctypes.byref(query))
+    _call("gd_cpu_outer_product_stats", variant, query)
+    return found.tensors()
+
+
+def row_sum_stats(
+    b_ND: Tensor,
+    x_ND: Tensor | None,
+    order_N: Tensor | None,
+    run_offsets: Tensor,
+    sample_runs: Sequence[int],
+    norm: int,
+    eps: float,
+    rows_UD: Tensor | None = None,
+    variant: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sum, sum of squares, minimum and maximum over the elements of each sample's sums of rows, float64 [S].
+
+    Args:
+        b_ND: float32 or bfloat16 on CPU, rows contiguous.
+        x_ND: like `b_ND`; where given, rows of b are multiplied with those of x normalised, in the type of x.
+        order_N: int64; the rows in the order of the runs, None for their own.
+        run_offsets: int64 [U + 1]; where each run begins in that order.
+        sample_runs: how many runs each sample has.
+        norm, eps: 1 for an RMS norm of x, 2 for a layer norm.
+        rows_UD: float32; gets the sums themselves.
+        variant: which of `variants()`; the best by default.
+
+    Samples without runs have zeros. What is not finite is as in `outer_product_stats`.
+    """
+    assert x_ND is None or x_ND.dtype == b_ND.dtype
+    sample_offsets = _offsets(sample_runs)
+    found = _Results(len(sample_runs))
+    query = _RowSums(
+        b=b_ND.data_ptr(),
+        x=_pointer(x_ND),
+        ldb=b_ND.stride(0),
+        ldx=0 if x_ND is None else x_ND.stride(0),
+        num_cols=b_ND.shape[1],
+        order=_pointer(order_N),
+        run_offsets=run_offsets.data_ptr(),
+        num_runs=len(run_offsets) - 1,
+        sample_runs=sample_offsets.data_ptr(),
+        num_samples=len(sample_runs),
+        **found.pointers(),
+        rows=_pointer(rows_UD),
+        eps=eps,
+        norm=norm,
+        type=TYPES[b_ND.dtype],
+        num_threads=torch.get_num_threads(),
+    )
+    _call("gd_cpu_row_sum_stats", variant, query)
+    return found.tensors()
+
+
+class _Results:
+    """Where a kernel writes four numbers a sample."""
+
+    def __init__(self, num_samples: int) -> None:
+        self.sum, self.sumsq = (torch.empty(num_samples, dtype=torch.float64) for _ in range(2))
+        self.low, self.high = torch.empty(num_samples), torch.empty(num_samples)
+
+    def pointers(self) -> dict[str, int]:
+        return {name: getattr(self, name).data_ptr() for name in ("sum", "sumsq", "low", "high")}
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.sum, self.sumsq, self.low.double(), self.high.double()
+
+
+def _offsets(lengths: Sequence[int]) -> Tensor:
+    offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64)
+    offsets[1:] = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
+    return offsets
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _call(function: str, variant: str | None, query: ctypes.Structure) -> None:
+    found = library()
+    assert found is not None
+    status = getattr(found, function)((variant or variants()[0]).encode(), ctypes.byref(query))
     if status == 1:
-        raise MemoryError("no memory for the CPU kernels' packed panels")
-    assert status == 0, f"CPU kernels: status {status}"
-    return sumsq, low.double(), high.double()
+        raise MemoryError("no memory for the CPU kernels' buffers")
+    assert status == 0, f"{function}: status {status}"

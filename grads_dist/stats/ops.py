@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,11 +37,7 @@ class BatchGradient:
 
 
 def outer_product_stats(
-    b_NP: Tensor,
-    a_ND: Tensor,
-    segments: Segments,
-    batch_gradient: BatchGradient | None = None,
-    a_sums_N: Tensor | None = None,
+    b_NP: Tensor, a_ND: Tensor, segments: Segments, batch_gradient: BatchGradient | None = None
 ) -> Statistics:
     """Statistics of G_s = B_s^T A_s for every sample s, the gradient of a linear weight [P, D].
 
@@ -49,131 +46,217 @@ def outer_product_stats(
         a_ND: the layer's input, packed.
         segments: rows of each sample; an empty sample has a zero gradient.
         batch_gradient: if given, also gets the samples' gradients added.
-        a_sums_N: float64 sums of the rows of `a`, for a caller that uses the same `a` many times.
-
-    The sum uses its rank-1 form sum_t (sum_j b_tj) (sum_k a_tk).
     """
-    if b_NP.dtype != a_ND.dtype:
-        dtype = torch.promote_types(b_NP.dtype, a_ND.dtype)
-        b_NP, a_ND = b_NP.to(dtype), a_ND.to(dtype)
+    b_NP, a_ND = _of_one_type(b_NP, a_ND)
     total, weights = None, None
     if batch_gradient is not None:
         total, weights = batch_gradient.total, batch_gradient.weights
         batch_gradient.done = True
     backend = backend_for(b_NP.device, b_NP.dtype)
-    sumsq, low, high = _outer_product_stats(b_NP, a_ND, list(segments.lengths), total, weights, backend)
-    a_sums_N = a_ND.sum(1, dtype=torch.float64) if a_sums_N is None else a_sums_N
-    row_products = b_NP.sum(1, dtype=torch.float64) * a_sums_N
-    stats = Statistics(
-        sum=_segment_sum(row_products, segments),
-        sumsq=sumsq,
-        min=low,
-        max=high,
-        nonfinite=torch.zeros(len(segments), dtype=torch.int64, device=b_NP.device),
-    )
+    found = _outer_product_stats(b_NP, a_ND, list(segments.lengths), total, weights, backend)
 
     def gradient_of(sample: int) -> Tensor:
         rows = slice(segments.offsets[sample], segments.offsets[sample + 1])
         dtype = accumulation_dtype(b_NP.dtype)
         return b_NP[rows].t().to(dtype) @ a_ND[rows].to(dtype)
 
-    return _in_float64_where_needed(stats, gradient_of)
+    return _checked(found, gradient_of)
 
 
 @torch.library.custom_op("grads_dist::outer_product_stats", mutates_args=("total_PD",))
 def _outer_product_stats(
     b_NP: Tensor,
     a_ND: Tensor,
-    lengths: list[int],
+    lengths: Sequence[int],
     total_PD: Tensor | None,
     weights: Sequence[float] | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of squares, minimum and maximum of every sample's B_s^T A_s, float64 [S]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sum, sum of squares, minimum and maximum of every sample's B_s^T A_s, float64 [S]."""
     if backend == "reference":
         return reference.outer_product_stats(b_NP, a_ND, lengths, total_PD, weights)
-    return native.outer_product_stats(
-        _with_whole_rows(b_NP), _with_whole_rows(a_ND), lengths, total_PD, weights
-    )
-
-
-def _with_whole_rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    b_NP, a_ND = _rows_contiguous(b_NP), _rows_contiguous(a_ND)
+    return native.outer_product_stats(b_NP, a_ND, lengths, total_PD, weights)
 
 
 @_outer_product_stats.register_fake
 def _(
     b_NP: Tensor,
     a_ND: Tensor,
-    lengths: list[int],
+    lengths: Sequence[int],
     total_PD: Tensor | None,
     weights: Sequence[float] | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(b_NP.new_empty(len(lengths), dtype=torch.float64) for _ in range(3))  # type: ignore[return-value]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _four_numbers(b_NP, len(lengths))
 
 
-def vector_stats(x_ND: Tensor, segments: Segments) -> Statistics:
-    """Statistics of g_s = sum of the sample's rows, the gradient of a bias or of a norm's gain [D]."""
-    dtype = accumulation_dtype(x_ND.dtype)
-    g_SD = torch.segment_reduce(
-        x_ND.to(dtype), "sum", lengths=segments.lengths_tensor(x_ND.device), axis=0, initial=0.0
-    )
-    return dense_row_stats(g_SD)
+@dataclass(frozen=True)
+class Normalised:
+    """The input of a norm, and which norm: "rms" or "layer"."""
+
+    x_ND: Tensor
+    kind: str
+    eps: float
+
+    @property
+    def number(self) -> int:
+        """The kind as the kernels know it."""
+        return {"rms": reference.RMS_NORM, "layer": reference.LAYER_NORM}[self.kind]
+
+    def __call__(self) -> Tensor:
+        """xhat [N, D], in the type of x."""
+        return reference.normalised(self.x_ND, self.number, self.eps)
 
 
-def dense_row_stats(g_SD: Tensor) -> Statistics:
-    """Statistics of every row of a matrix, each row a whole gradient."""
-    stats = Statistics(
-        sum=g_SD.sum(1, dtype=torch.float64),
-        sumsq=row_sumsq(g_SD),
-        min=g_SD.amin(1).double(),
-        max=g_SD.amax(1).double(),
-        nonfinite=torch.zeros(g_SD.shape[0], dtype=torch.int64, device=g_SD.device),
-    )
-    return _in_float64_where_needed(stats, lambda sample: g_SD[sample])
+def vector_stats(x_ND: Tensor, segments: Segments, normalised: Normalised | None = None) -> Statistics:
+    """Statistics of g_s = sum of the sample's rows [D], the gradient of a bias; times xhat, of a norm's gain.
+
+    Args:
+        x_ND: gradient at the layer's output, packed.
+        segments: rows of each sample; an empty sample has a zero gradient.
+        normalised: the norm's input, packed likewise.
+    """
+    runs = (1,) * len(segments)
+    return _row_sum_stats(x_ND, normalised, None, segments, runs)
 
 
 @dataclass(frozen=True)
 class EmbeddingRows:
-    """The touched rows of S embedding gradients.
+    """The touched rows of S embedding gradients: summed gradients of distinct (sample, token) pairs.
 
-    `rows` [U, D] are the summed gradients of distinct (sample, token) pairs in ascending order, `ids` [U]
-    their token ids, `segments` how many pairs each sample has.
+    Args:
+        b_ND: gradient at the embedding's output, packed.
+        order_N: its rows in ascending order of (sample, token), without the padding token.
+        runs: how many rows of that order each of the U pairs has.
+        ids: token id of each pair, ascending within a sample.
+        segments: how many pairs each sample has.
     """
 
-    rows: Tensor
+    b_ND: Tensor
+    order_N: Tensor
+    runs: Segments
     ids: Tensor
     segments: Segments
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """The sums [U, D], in the accumulation type."""
+        dtype = accumulation_dtype(self.b_ND.dtype)
+        ordered = self.b_ND.index_select(0, self.order_N).to(dtype)
+        if not len(self.runs):
+            return ordered
+        lengths = self.runs.lengths_tensor(ordered.device)
+        return torch.segment_reduce(ordered, "sum", lengths=lengths, axis=0, initial=0.0)
 
 
 def embedding_rows(
     b_ND: Tensor, ids_N: Tensor, segments: Segments, padding_idx: int | None = None
 ) -> EmbeddingRows:
-    """Sum the output gradients of repeated token ids within each sample.
+    """Find the repeated token ids within each sample, whose output gradients belong to one row.
 
     Rows of `padding_idx` are left out, as torch.nn.Embedding gives that row no gradient.
     """
-    dtype = accumulation_dtype(b_ND.dtype)
     sample_N = segments.sample_of_row(b_ND.device)
+    positions = torch.arange(len(ids_N), device=b_ND.device)
     if padding_idx is not None:
-        kept = (ids_N != padding_idx).nonzero().squeeze(1)
-        b_ND, ids_N, sample_N = b_ND[kept], ids_N[kept], sample_N[kept]
-    if ids_N.numel() == 0:
-        return EmbeddingRows(b_ND.to(dtype), ids_N, Segments((0,) * len(segments)))
+        positions = (ids_N != padding_idx).nonzero().squeeze(1)
+    if not len(positions):
+        empty = Segments((0,) * len(segments))
+        return EmbeddingRows(b_ND, positions, Segments(()), positions, empty)
     stride = int(ids_N.max()) + 1
-    keys, order = torch.sort(sample_N * stride + ids_N, stable=True)
+    keys, order = torch.sort((sample_N * stride + ids_N)[positions], stable=True)
     unique_keys, counts = torch.unique_consecutive(keys, return_counts=True)
-    rows_UD = torch.segment_reduce(b_ND[order].to(dtype), "sum", lengths=counts, axis=0)
     per_sample = torch.bincount(unique_keys // stride, minlength=len(segments))
-    return EmbeddingRows(rows_UD, unique_keys % stride, Segments(tuple(per_sample.tolist())))
+    return EmbeddingRows(
+        b_ND,
+        positions[order],
+        Segments(tuple(counts.tolist())),
+        unique_keys % stride,
+        Segments(tuple(per_sample.tolist())),
+    )
 
 
 def embedding_stats(rows: EmbeddingRows, num_embeddings: int) -> Statistics:
     """Statistics of embedding gradients [V, D] from their touched rows; absent rows count as zeros."""
-    stats = ragged_row_stats(rows.rows, rows.segments)
-    touched = rows.segments.lengths_tensor(rows.rows.device)
+    stats = _row_sum_stats(rows.b_ND, None, rows.order_N, rows.runs, rows.segments.lengths)
+    touched = rows.segments.lengths_tensor(rows.b_ND.device)
     return stats.with_zeros(touched < num_embeddings)
+
+
+def _row_sum_stats(
+    b_ND: Tensor,
+    normalised: Normalised | None,
+    order_N: Tensor | None,
+    runs: Segments,
+    sample_runs: tuple[int, ...],
+) -> Statistics:
+    """Statistics over each sample's sums of rows, one sum a run; zeros for a sample without runs."""
+    x_ND, norm, eps = None, reference.NO_NORM, 0.0
+    if normalised is not None:
+        b_ND, x_ND = _of_one_type(b_ND, normalised.x_ND)
+        norm, eps = normalised.number, normalised.eps
+    run_offsets = torch.tensor(runs.offsets, dtype=torch.int64, device=b_ND.device)
+    backend = backend_for(b_ND.device, b_ND.dtype)
+    arguments = (b_ND, x_ND, order_N, run_offsets)
+    found = _row_sums(*arguments, list(sample_runs), norm, eps, backend)
+    samples = Segments(sample_runs)
+
+    def gradient_of(sample: int) -> Tensor:
+        own = slice(samples.offsets[sample], samples.offsets[sample + 1] + 1)
+        rows = b_ND.new_empty(sample_runs[sample], b_ND.shape[1], dtype=accumulation_dtype(b_ND.dtype))
+        begin, end = int(run_offsets[own][0]), int(run_offsets[own][-1])
+        picked = torch.arange(begin, end, device=b_ND.device) if order_N is None else order_N[begin:end]
+        x = None if x_ND is None else x_ND[picked]
+        offsets = run_offsets[own] - begin
+        reference.row_sum_stats(b_ND[picked], x, None, offsets, [len(rows)], norm, eps, rows)
+        return rows
+
+    return _checked(found, gradient_of)
+
+
+@torch.library.custom_op("grads_dist::row_sum_stats", mutates_args=())
+def _row_sums(
+    b_ND: Tensor,
+    x_ND: Tensor | None,
+    order_N: Tensor | None,
+    run_offsets: Tensor,
+    sample_runs: Sequence[int],
+    norm: int,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sum, sum of squares, minimum and maximum over each sample's sums of rows, float64 [S]."""
+    if backend == "reference":
+        arguments = (b_ND, x_ND, order_N, run_offsets, sample_runs)
+        return reference.row_sum_stats(*arguments, norm, eps)
+    x_ND = None if x_ND is None else _rows_contiguous(x_ND)
+    return native.row_sum_stats(_rows_contiguous(b_ND), x_ND, order_N, run_offsets, sample_runs, norm, eps)
+
+
+@_row_sums.register_fake
+def _(
+    b_ND: Tensor,
+    x_ND: Tensor | None,
+    order_N: Tensor | None,
+    run_offsets: Tensor,
+    sample_runs: Sequence[int],
+    norm: int,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _four_numbers(b_ND, len(sample_runs))
+
+
+def dense_row_stats(g_SD: Tensor) -> Statistics:
+    """Statistics of every row of a matrix, each row a whole gradient."""
+    found = (
+        g_SD.sum(1, dtype=torch.float64),
+        row_sumsq(g_SD),
+        g_SD.amin(1).double(),
+        g_SD.amax(1).double(),
+    )
+    return _checked(found, lambda sample: g_SD[sample])
 
 
 def grouped_stats(present: Statistics, segments: Segments, num_groups: int) -> Statistics:
@@ -205,35 +288,44 @@ def grouped_stats(present: Statistics, segments: Segments, num_groups: int) -> S
 
 def ragged_row_stats(rows_UD: Tensor, segments: Segments) -> Statistics:
     """Statistics over all elements of each sample's rows; a sample without rows gives the neutral element."""
-    if rows_UD.shape[0] == 0:
-        return Statistics.empty(len(segments), rows_UD.device)
     lengths = segments.lengths_tensor(rows_UD.device)
-    stats = Statistics(
-        sum=_segment_sum(rows_UD.sum(1, dtype=torch.float64), segments),
-        sumsq=_segment_sum(row_sumsq(rows_UD), segments),
-        min=torch.segment_reduce(rows_UD.amin(1).double(), "min", lengths=lengths, initial=torch.inf),
-        max=torch.segment_reduce(rows_UD.amax(1).double(), "max", lengths=lengths, initial=-torch.inf),
-        nonfinite=torch.zeros(len(segments), dtype=torch.int64, device=rows_UD.device),
-    )
+    total, sumsq, low, high = reference.ragged_row_stats(rows_UD, lengths)
+    without = lengths == 0
+    found = (total, sumsq, low.masked_fill(without, torch.inf), high.masked_fill(without, -torch.inf))
     offsets = segments.offsets
-    return _in_float64_where_needed(stats, lambda sample: rows_UD[offsets[sample] : offsets[sample + 1]])
+    return _checked(found, lambda sample: rows_UD[offsets[sample] : offsets[sample + 1]])
 
 
-def _segment_sum(x_N: Tensor, segments: Segments) -> Tensor:
-    return torch.segment_reduce(x_N, "sum", lengths=segments.lengths_tensor(x_N.device), initial=0.0)
+def _of_one_type(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    return x.to(dtype), y.to(dtype)
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _four_numbers(like: Tensor, num_samples: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    numbers = [like.new_empty(num_samples, dtype=torch.float64) for _ in range(4)]
+    return numbers[0], numbers[1], numbers[2], numbers[3]
 
 
 SMALLEST_FLOAT32 = 1e-15
 """Where the largest element is below this, squares of float32 elements begin to vanish."""
 
 
-def _in_float64_where_needed(stats: Statistics, gradient_of: Callable[[int], Tensor]) -> Statistics:
-    """Repair the samples whose squares float32 does not hold, and count their non-finite elements.
+def _checked(
+    found: tuple[Tensor, Tensor, Tensor, Tensor], gradient_of: Callable[[int], Tensor]
+) -> Statistics:
+    """Statistics from (sum, sumsq, min, max), with the samples repaired whose squares float32 does not hold.
 
-    A sum of squares that is not finite may have overflowed, one of tiny elements underflowed.
+    A sum of squares that is not finite may have overflowed, one of tiny elements underflowed; or there are
+    non-finite elements, which are counted.
     """
-    largest = torch.maximum(stats.max, -stats.min)
-    suspects = ~stats.sumsq.isfinite() | ((largest > 0) & (largest < SMALLEST_FLOAT32))
+    total, sumsq, low, high = found
+    stats = Statistics(total, sumsq, low, high, torch.zeros_like(total, dtype=torch.int64))
+    largest = torch.maximum(high, -low)
+    suspects = ~sumsq.isfinite() | ((largest > 0) & (largest < SMALLEST_FLOAT32))
     for sample in suspects.nonzero().flatten().tolist():
         g = gradient_of(sample)
         stats.nonfinite[sample] = (~g.isfinite()).sum()

@@ -119,15 +119,9 @@ def check_linear(module: nn.Module, a: Tensor, output: Tensor) -> bool:
 @rule(nn.LayerNorm)
 def layer_norm(module: nn.Module, a: Tensor, b: Tensor, layout: BatchLayout) -> dict[str, SampleGradient]:
     """Gain: sum_t b_t * xhat_t. Bias: sum_t b_t."""
-    size = a.shape[-1]
-    normalised = nn.functional.layer_norm(a, (size,), eps=module.eps)  # type: ignore[arg-type]
-    gain, segments = layout.pack(_product(b, normalised), size)
-    return {"weight": VectorSum(gain, segments), "bias": VectorSum(layout.pack(b, size)[0], segments)}
-
-
-def _product(b: Tensor, normalised: Tensor) -> Tensor:
-    dtype = ops.accumulation_dtype(b.dtype)
-    return b.to(dtype) * normalised.to(dtype)
+    b_ND, segments = layout.pack(b, b.shape[-1])
+    normalised = ops.Normalised(layout.pack(a, a.shape[-1])[0], "layer", module.eps)  # type: ignore[arg-type]
+    return {"weight": VectorSum(b_ND, segments, normalised), "bias": VectorSum(b_ND, segments)}
 
 
 def is_rms_norm(module: nn.Module) -> bool:
@@ -142,22 +136,20 @@ def _rms_eps(module: nn.Module) -> float | None:
 
 def rms_norm(module: nn.Module, a: Tensor, b: Tensor, layout: BatchLayout) -> dict[str, SampleGradient]:
     """Gain: sum_t b_t * xhat_t, the same for a gain of w and of 1 + w."""
-    gain, segments = layout.pack(_product(b, rms_normalised(module, a)), a.shape[-1])
-    return {"weight": VectorSum(gain, segments)}
+    b_ND, segments = layout.pack(b, b.shape[-1])
+    return {"weight": VectorSum(b_ND, segments, _rms_normalised(module, layout.pack(a, a.shape[-1])[0]))}
 
 
-def rms_normalised(module: nn.Module, a: Tensor) -> Tensor:
-    """a / sqrt(mean(a^2) + eps), formed in float32 or better and returned in the type of `a`."""
+def _rms_normalised(module: nn.Module, x_ND: Tensor) -> ops.Normalised:
     eps = _rms_eps(module)
     assert eps is not None
-    x = a.to(ops.accumulation_dtype(a.dtype))
-    return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)).to(a.dtype)
+    return ops.Normalised(x_ND, "rms", eps)
 
 
 def check_rms_norm(module: nn.Module, a: Tensor, output: Tensor) -> bool:
     """Whether `output` is xhat * w or xhat * (1 + w), so that `rms_norm` holds for this class."""
     # Compared in float32: the models form their norms in it whatever their type.
-    normalised = rms_normalised(module, a).float()
+    normalised = _rms_normalised(module, a)().float()
     weight = cast(Tensor, module.weight).float()
     return any(_close(output, normalised * gain, a.dtype) for gain in (weight, 1 + weight))
 

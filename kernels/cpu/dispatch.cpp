@@ -3,7 +3,10 @@
 
 #include "api.h"
 
-#define GD_DECLARE(name) extern "C" int gd_outer_product_stats_##name(const gd_outer_product*);
+#define GD_DECLARE(name)                                                  \
+  extern "C" int gd_outer_product_stats_##name(const gd_outer_product*); \
+  extern "C" int gd_row_sum_stats_##name(const gd_row_sums*);
+#define GD_KERNELS(name) gd_outer_product_stats_##name, gd_row_sum_stats_##name
 GD_DECLARE(generic)
 #ifdef GD_X86
 GD_DECLARE(wide)
@@ -16,6 +19,7 @@ namespace {
 struct Variant {
   const char* name;
   int (*outer_product_stats)(const gd_outer_product*);
+  int (*row_sum_stats)(const gd_row_sums*);
   bool (*runs_here)();
 };
 
@@ -28,12 +32,12 @@ bool has_avx512() { return __builtin_cpu_supports("avx512f"); }
 // Best first; `wide` is avx512's code on AVX2's registers, for tests on machines without AVX-512.
 const Variant kVariants[] = {
 #ifdef GD_X86
-    {"avx512", gd_outer_product_stats_avx512, has_avx512},
-    {"avx2", gd_outer_product_stats_avx2, has_avx2},
+    {"avx512", GD_KERNELS(avx512), has_avx512},
+    {"avx2", GD_KERNELS(avx2), has_avx2},
 #endif
-    {"generic", gd_outer_product_stats_generic, always},
+    {"generic", GD_KERNELS(generic), always},
 #ifdef GD_X86
-    {"wide", gd_outer_product_stats_wide, has_avx2},
+    {"wide", GD_KERNELS(wide), has_avx2},
 #endif
 };
 
@@ -55,9 +59,19 @@ const char* gd_cpu_variants(void) {
   return names;
 }
 
-int gd_cpu_outer_product_stats(const char* name, const gd_outer_product* q) {
+static const Variant* find(const char* name) {
   for (const Variant& variant : kVariants)
-    if (!std::strcmp(variant.name, name) && variant.runs_here()) return variant.outer_product_stats(q);
-  return GD_NO_SUCH_VARIANT;
+    if (!std::strcmp(variant.name, name) && variant.runs_here()) return &variant;
+  return nullptr;
+}
+
+int gd_cpu_outer_product_stats(const char* name, const gd_outer_product* q) {
+  const Variant* variant = find(name);
+  return variant ? variant->outer_product_stats(q) : GD_NO_SUCH_VARIANT;
+}
+
+int gd_cpu_row_sum_stats(const char* name, const gd_row_sums* q) {
+  const Variant* variant = find(name);
+  return variant ? variant->row_sum_stats(q) : GD_NO_SUCH_VARIANT;
 }
 }

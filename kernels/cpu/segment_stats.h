@@ -1,83 +1,19 @@
 // Statistics of G_s = B_s^T A_s for every sample s, tile by tile: a tile of G_s lives in registers, is reduced
 // there, and is never stored. On request the tiles are also added up over the samples, weighted.
 //
-// Compiled once for each instruction set (variant.cpp). Vectors are GCC's and Clang's own vector types, so that
-// the code for wider registers also runs, slower, on machines without them.
+// Compiled once for each instruction set (variant.cpp).
 //
 // Legend: N packed rows (tokens), P columns of B, D columns of A, S samples; MR x NR is the register tile.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <limits>
+#include "common.h"
 
-#include <omp.h>
-
-#include "api.h"
-
-// Everything here is private to its translation unit, and uses no library template: the linker would be free to
-// take one instruction set's copy of a shared function for all of them.
 namespace {
-
-#ifndef GD_LANES
-#error "GD_LANES: floats in a register"
-#endif
-
-constexpr int kLanes = GD_LANES;
-constexpr int kVectors = 2;                  // vectors in a row of the tile
-constexpr int kCols = kVectors * kLanes;     // NR
-constexpr int kRows = GD_ROWS;               // MR
-
-typedef float Vec __attribute__((vector_size(kLanes * 4)));
-typedef double DVec __attribute__((vector_size(kLanes * 8)));
 
 // Tokens of one chunk of samples: their panels of A stay in the first two cache levels.
 constexpr int64_t kChunkTokens = 512;
 // Bytes of panels of B that one thread goes through for each panel of A.
 constexpr int64_t kGroupBytes = 128 << 10;
-
-// What one thread keeps of one sample over the tiles of one row panel.
-struct Partial {
-  Vec low, high;
-  DVec sumsq;
-};
-
-struct Numbers {
-  float low, high;
-  double sumsq;
-};
-
-inline Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
-inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
-
-inline Partial empty_partial() {
-  Partial partial;
-  partial.low = Vec{} + std::numeric_limits<float>::infinity();
-  partial.high = Vec{} - std::numeric_limits<float>::infinity();
-  partial.sumsq = DVec{};
-  return partial;
-}
-
-// The lanes are folded in their order, so that a sample's bits never depend on anything but itself.
-inline Numbers fold(const Partial& partial) {
-  Numbers n{partial.low[0], partial.high[0], partial.sumsq[0]};
-  for (int l = 1; l < kLanes; l++) {
-    n.low = partial.low[l] < n.low ? partial.low[l] : n.low;
-    n.high = partial.high[l] > n.high ? partial.high[l] : n.high;
-    n.sumsq += partial.sumsq[l];
-  }
-  return n;
-}
-
-inline float as_float(float x) { return x; }
-inline float as_float(uint16_t bf16) {
-  uint32_t bits = static_cast<uint32_t>(bf16) << 16;
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
 
 // Rows [begin, end) of one panel of `width` columns, in float32, padded with zeros: dst[t][width].
 template <typename T>
@@ -179,28 +115,23 @@ inline void add_to_matrix_whole(const Tile& sum, float* total, int64_t ld) {
   for (int i = 0; i < kRows; i++)
     for (int v = 0; v < kVectors; v++) {
       float* at = total + i * ld + v * kLanes;
-      Vec old;
-      std::memcpy(&old, at, sizeof(Vec));
-      old += sum.x[i][v];
-      std::memcpy(at, &old, sizeof(Vec));
+      store(at, load(at) + sum.x[i][v]);
     }
 }
 
-// Cache-line aligned memory; `at` is null when there is none left.
+// Sum of one row in float64: that of an LM head's gradient is zero but for rounding.
 template <typename T>
-struct Buffer {
-  explicit Buffer(int64_t count)
-      : at(static_cast<T*>(std::aligned_alloc(64, (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64))) {}
-  ~Buffer() { std::free(at); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  T* const at;
-};
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
+inline double row_sum(const T* row, int64_t count) {
+  DVec lanes[2] = {};
+  int64_t c = 0;
+  for (; c + 2 * kLanes <= count; c += 2 * kLanes)
+    for (int k = 0; k < 2; k++) lanes[k] += __builtin_convertvector(load(row + c + k * kLanes), DVec);
+  double sum = 0;
+  for (; c < count; c++) sum += as_float(row[c]);
+  const DVec all = lanes[0] + lanes[1];
+  for (int l = 0; l < kLanes; l++) sum += all[l];
+  return sum;
+}
 
 // End of the chunk that begins with sample `first`: small enough for the caches, or one long sample.
 inline int64_t chunk_end(const gd_outer_product& q, int64_t first) {
@@ -268,6 +199,13 @@ inline void finish_sample(const gd_outer_product& q, int64_t sample, const Numbe
   q.sumsq[sample] = empty ? 0.0 : n.sumsq;
 }
 
+// The sum over all elements of G_s is sum_t (sum_j b_tj) (sum_k a_tk).
+inline void sum_sample(const gd_outer_product& q, int64_t sample, int64_t begin, const double* products) {
+  double sum = 0;
+  for (int64_t t = q.offsets[sample]; t < q.offsets[sample + 1]; t++) sum += products[t - begin];
+  q.sum[sample] = sum;
+}
+
 template <typename T>
 int outer_product_stats(const gd_outer_product& q) {
   const int64_t num_a = ceil_div(q.num_a_cols, kCols), num_b = ceil_div(q.num_b_cols, kRows);
@@ -281,9 +219,10 @@ int outer_product_stats(const gd_outer_product& q) {
   }
   const int64_t group = greater(1, lesser(16, kGroupBytes / (kRows * greater(1, most_tokens) * 4)));
   Buffer<float> packed_a(num_a * kCols * most_tokens), packed_b(num_b * kRows * most_tokens);
+  Buffer<double> products(most_tokens);
   Buffer<Numbers> numbers(num_b * most_samples);
   Buffer<Partial> partials(group * most_samples * q.num_threads);
-  if (!packed_a.at || !packed_b.at || !numbers.at || !partials.at) return GD_NO_MEMORY;
+  if (!packed_a.at || !packed_b.at || !products.at || !numbers.at || !partials.at) return GD_NO_MEMORY;
 
   for (int64_t first = 0, last; first < q.num_samples; first = last) {
     last = chunk_end(q, first);
@@ -294,6 +233,9 @@ int outer_product_stats(const gd_outer_product& q) {
 #pragma omp for schedule(static) nowait
       for (int64_t j = 0; j < num_a; j++)
         pack(a, q.lda, begin, end, j * kCols, q.num_a_cols, kCols, packed_a.at + j * kCols * tokens);
+#pragma omp for schedule(static) nowait
+      for (int64_t t = begin; t < end; t++)
+        products.at[t - begin] = row_sum(b + t * q.ldb, q.num_b_cols) * row_sum(a + t * q.lda, q.num_a_cols);
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < num_b; i++)
         pack(b, q.ldb, begin, end, i * kRows, q.num_b_cols, kRows, packed_b.at + i * kRows * tokens);
@@ -305,7 +247,10 @@ int outer_product_stats(const gd_outer_product& q) {
         for (int64_t n = 0; n < (i_end - i_begin) * count; n++) numbers.at[i_begin * count + n] = fold(own[n]);
       }
     }
-    for (int64_t s = 0; s < count; s++) finish_sample(q, first + s, numbers.at + s, count, num_b);
+    for (int64_t s = 0; s < count; s++) {
+      finish_sample(q, first + s, numbers.at + s, count, num_b);
+      sum_sample(q, first + s, begin, products.at);
+    }
   }
   return GD_OK;
 }
