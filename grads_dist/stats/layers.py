@@ -78,7 +78,7 @@ class LayerReader:
                     raise ConfigError(
                         f"probe.targets: no gradient reached {name}.{local} in the backward pass"
                     )
-                self._consume(f"{name}.{local}", zero)
+                self._consume(_qualified(name, local), zero)
 
     def detach(self) -> None:
         """Leave the model as it was."""
@@ -181,4 +181,9 @@ class LayerReader:
                     f"probe.targets: {name} is used more than once in a pass, which has no rule"
                 )
             self._seen.add((name, local))
-            self._consume(f"{name}.{local}", gradient)
+            self._consume(_qualified(name, local), gradient)
+
+
+def _qualified(module: str, parameter: str) -> str:
+    """A parameter's whole name; that of the model itself is empty."""
+    return f"{module}.{parameter}" if module else parameter

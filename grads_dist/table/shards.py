@@ -5,7 +5,9 @@ A shard appears under its final name only when it is complete.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -24,17 +26,62 @@ from grads_dist.table.schema import STATISTICS, score_schema
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
-class ScoreShards:
-    """Collects rows of the score table and writes them as Parquet shards into `folder`."""
+class RowSource(Protocol):
+    """What the table says of rows besides their gradients, by position; a TokenStore is one."""
 
-    def __init__(self, folder: Path, store: TokenStore, targets: Targets) -> None:
-        self._folder, self._store, self._targets = folder, store, targets
+    @property
+    def index(self) -> np.ndarray:
+        """Row number in the corpus, int64."""
+        ...
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """Ids."""
+        ...
+
+    @property
+    def num_tokens(self) -> np.ndarray:
+        """Tokens, int32."""
+        ...
+
+    @property
+    def num_label_tokens(self) -> np.ndarray:
+        """Tokens that carry loss, int32."""
+        ...
+
+    @property
+    def token_hash(self) -> np.ndarray:
+        """Hashes of tokens and loss mask, int64."""
+        ...
+
+
+class RowBatch(Protocol):
+    """A batch that knows its rows; a Batch is one."""
+
+    @property
+    def rows(self) -> Tensor:
+        """Positions in the row source, int64 [S]."""
+        ...
+
+
+class ScoreShards:
+    """Collects rows of the score table and writes them as Parquet shards into `folder`.
+
+    Args:
+        folder: where the shards go.
+        store: the rows' tokens and numbers.
+        targets: what the statistics are of.
+        checkpoint: place of the present weights among the probed checkpoints.
+    """
+
+    def __init__(self, folder: Path, store: RowSource, targets: Targets, checkpoint: int = 0) -> None:
+        self._folder, self._store, self._targets, self._checkpoint = folder, store, targets, checkpoint
         self._schema = score_schema(targets.members)
         self._parts: list[dict[str, np.ndarray]] = []
         self.num_rows = 0
         self.num_nonfinite = 0
 
-    def add(self, batch: Batch, head: HeadResult, stats: dict[str, Statistics], step: int) -> np.ndarray:
+    def add(self, batch: RowBatch, head: HeadResult, stats: dict[str, Statistics], step: int) -> np.ndarray:
         """Add the rows of one micro-batch; returns the mean over targets of their log gradient norms [S],
         NaN for a row that is not finite."""
         named = {"loss": head.losses.double(), "el2n": head.el2n.double()}
@@ -45,6 +92,7 @@ class ScoreShards:
         columns = dict(zip(named, values, strict=True))
         columns["row"] = batch.rows.numpy()
         columns["step"] = np.full(len(batch.rows), step, dtype=np.int32)
+        columns["checkpoint"] = np.full(len(batch.rows), self._checkpoint, dtype=np.int32)
         columns["finite"] = _finite(columns, list(stats))
         self._parts.append(columns)
         self.num_nonfinite += int((~columns["finite"]).sum())
@@ -97,7 +145,7 @@ def _cast(values: np.ndarray, kind: pa.DataType) -> np.ndarray:
         return values.astype(kind.to_pandas_dtype())
 
 
-def _row_columns(store: TokenStore, rows: np.ndarray, finite: np.ndarray) -> dict[str, np.ndarray]:
+def _row_columns(store: RowSource, rows: np.ndarray, finite: np.ndarray) -> dict[str, np.ndarray]:
     return {
         "index": store.index[rows],
         "id": np.array([store.ids[int(row)] for row in rows], dtype=object),

@@ -1,0 +1,1 @@
+"""Statistics of per-sample gradients inside someone else's training loop."""
