@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grads_dist import provenance
 from grads_dist.config import Config, save_config
+from grads_dist.data.config import DataConfig
 from grads_dist.data.corpus import Corpus
 from grads_dist.errors import DataError, GradsDistError
 from grads_dist.preflight import absolute, check_before_work
@@ -72,59 +74,104 @@ def _probe(config: Config, overwrite: bool, selecting: bool) -> str:
 
     ranks = Ranks.start(detect())
     rundir = RunDir(Path(absolute(config).output_dir))
-    config, fingerprint, tokens = ranks.on_main(
-        lambda: _prepare(absolute(config), rundir, overwrite, ranks, selecting)
-    )
+    prepared = ranks.on_main(lambda: _prepare(absolute(config), rundir, overwrite, ranks, selecting))
+    config = prepared.config
     logs.log_to_file(rundir.logs_dir, ranks.rank)
-    store = TokenStore.open(tokens)
-    manifest = run_probe(config, ranks, rundir, store)
-    manifest = {**provenance.identity(config, fingerprint), **manifest}
-    return ranks.on_main(lambda: _merge(rundir, store, manifest, ranks))
+    store = TokenStore.open(prepared.corpus.tokens)
+    target = TokenStore.open(prepared.target.tokens) if prepared.target is not None else None
+    manifest = run_probe(config, ranks, rundir, store, target)
+    manifest = {**provenance.identity(config, prepared.corpus.fingerprint), **manifest}
+    if target is not None and prepared.target is not None:
+        manifest["target"] = provenance.target_set(prepared.target.fingerprint, target)
+    return ranks.on_main(lambda: _merge(rundir, store, target, manifest, ranks))
 
 
-def _prepare(
-    config: Config, rundir: RunDir, overwrite: bool, ranks: Ranks, selecting: bool
-) -> tuple[Config, str, Path]:
+@dataclass(frozen=True)
+class Tokenized:
+    """A corpus that is ready to be probed."""
+
+    fingerprint: str
+    tokens: Path
+    """Folder of the token store."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What rank 0 found and made before any rank probes."""
+
+    config: Config
+    """The configuration as it holds."""
+
+    corpus: Tokenized
+    target: Tokenized | None
+    """The target set, if there is one."""
+
+
+def _prepare(config: Config, rundir: RunDir, overwrite: bool, ranks: Ranks, selecting: bool) -> Prepared:
     """What rank 0 does before any rank probes: checks, tokens, the run directory, rejected.jsonl.
 
     An earlier run in the directory is removed only when all checks have passed and the corpus is tokenized.
-    Returns the configuration as it holds, the corpus' fingerprint and the folder of the tokens.
     """
     from grads_dist.data.layout import REJECTED
-    from grads_dist.data.tokenize import tokenize
-    from grads_dist.data.tokenizer import TokenizerSource
-    from grads_dist.model.load import load_text_config
+    from grads_dist.data.target import about_target, target_config
 
     rundir.check(overwrite)
     config = check_before_work(config, ranks, selecting)
     corpus = Corpus.open(config.data)
-    model = config.model
-    source = TokenizerSource(str(model.name_or_path), model.revision, model.trust_remote_code)
-    store = tokenize(config.data, corpus, source, vocab_size=load_text_config(model).vocab_size)
+    target_corpus = None
+    if config.data.target is not None and not config.probe.feature_names:
+        log.warning("data.target is not read: probe.features is none")
+    if config.data.target is not None and config.probe.feature_names:
+        with about_target():
+            target_corpus = Corpus.open(target_config(config.data))
+    store = _tokenize(config, config.data, corpus)
+    target = None
+    if target_corpus is not None:
+        with about_target():
+            target_store = _tokenize(config, target_config(config.data), target_corpus)
+        target = Tokenized(target_corpus.fingerprint, target_store.path)
+        if target_store.num_rejected:
+            log.warning("%d rows of data.target are rejected", target_store.num_rejected)
     rundir.create(overwrite)
     save_config(config, rundir.config)
     with atomic_write(rundir.rejected) as path:
         shutil.copyfile(store.path / REJECTED, path)
     if store.num_rejected > REJECTED_SHARE * corpus.num_rows:
         log.warning("%d of %d rows are rejected: see rejected.jsonl", store.num_rejected, corpus.num_rows)
-    return config, corpus.fingerprint, store.path
+    return Prepared(config, Tokenized(corpus.fingerprint, store.path), target)
 
 
-def _merge(rundir: RunDir, store: TokenStore, manifest: dict[str, Any], ranks: Ranks) -> str:
+def _tokenize(config: Config, data: DataConfig, corpus: Corpus) -> TokenStore:
+    from grads_dist.data.tokenize import tokenize
+    from grads_dist.data.tokenizer import TokenizerSource
+    from grads_dist.model.load import load_text_config
+
+    model = config.model
+    source = TokenizerSource(str(model.name_or_path), model.revision, model.trust_remote_code)
+    return tokenize(data, corpus, source, vocab_size=load_text_config(model).vocab_size)
+
+
+def _merge(
+    rundir: RunDir, store: TokenStore, target: TokenStore | None, manifest: dict[str, Any], ranks: Ranks
+) -> str:
     """Join the shards of all ranks and say how the run came about; returns what to tell the user."""
     from grads_dist.table.merge import merge_features, merge_scores
 
-    num_rows = merge_scores(rundir, store.index)
+    num_checkpoints = len(manifest.get("checkpoints", [])) or 1
+    merge_scores(rundir, store.index, num_checkpoints=num_checkpoints)
     for name in manifest["features"]:
         merge_features(rundir, name, store.index)
+        if target is not None:
+            merge_features(rundir, RunDir.of_target(name), target.index)
     launcher = ranks.placement.launcher
     _write_json(rundir.environment, provenance.environment(ranks.world_size, str(ranks.device), launcher))
     _write_json(rundir.manifest, manifest)
     nonfinite = manifest["nonfinite_rows"]
     if nonfinite:
         log.warning("%d rows have a non-finite loss or gradient; they cannot be selected", nonfinite)
+    at = f" at {num_checkpoints} checkpoints" if num_checkpoints > 1 else ""
     return (
-        f"probed {num_rows} rows ({store.num_rejected} rejected, {store.num_truncated} truncated, "
+        f"probed {store.num_rows} rows{at} ({store.num_rejected} rejected, {store.num_truncated} truncated, "
         f"{nonfinite} not finite): {rundir.scores}"
     )
 

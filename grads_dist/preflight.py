@@ -7,27 +7,42 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grads_dist.config import Config
+from grads_dist.data import locate
+from grads_dist.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
     from grads_dist.runtime.ranks import Ranks
 
 
 def absolute(config: Config) -> Config:
     """The configuration with absolute paths, so that the one saved in a run works from any folder."""
-    data = config.data
-    paths = [data.path] if isinstance(data.path, str) else data.path
-    located = [_absolute(path) for path in paths]
     data = replace(
-        data,
-        path=located[0] if isinstance(data.path, str) else located,
-        chat_template=_absolute(data.chat_template) if data.chat_template else None,
+        config.data,
+        path=_located(config.data.path),
+        target=None if config.data.target is None else _located(config.data.target),
+        chat_template=_absolute(config.data.chat_template) if config.data.chat_template else None,
     )
     model = config.model
-    if model.name_or_path and Path(model.name_or_path).expanduser().is_dir():
-        model = replace(model, name_or_path=_absolute(model.name_or_path))
+    if model.name_or_path:
+        model = replace(model, name_or_path=_model(model.name_or_path))
+    if model.adapter:
+        model = replace(model, adapter=_model(model.adapter))
+    probe = replace(config.probe, checkpoints=[_model(name) for name in config.probe.checkpoints])
     deepspeed = _absolute(config.deepspeed) if config.deepspeed else None
     output_dir = _absolute(config.output_dir)
-    return replace(config, data=data, model=model, deepspeed=deepspeed, output_dir=output_dir)
+    return replace(config, data=data, model=model, probe=probe, deepspeed=deepspeed, output_dir=output_dir)
+
+
+def _located(paths: str | list[str]) -> str | list[str]:
+    return locate.absolute(paths) if isinstance(paths, str) else [locate.absolute(path) for path in paths]
+
+
+def _model(name: str) -> str:
+    """A folder with its full path; the name of a model of the hub as it is."""
+    return _absolute(name) if Path(name).expanduser().is_dir() else name
 
 
 def _absolute(path: str) -> str:
@@ -43,7 +58,8 @@ def check_before_work(config: Config, ranks: Ranks, selecting: bool) -> Config:
     """
     from grads_dist.model.anatomy import dissect
     from grads_dist.model.context import within_context
-    from grads_dist.model.load import build_on_meta, load_text_config
+    from grads_dist.model.load import load_text_config
+    from grads_dist.probe.features import gradient_sketcher
     from grads_dist.probe.zero import (
         check_supported,
         fill_auto,
@@ -59,7 +75,42 @@ def check_before_work(config: Config, ranks: Ranks, selecting: bool) -> Config:
     dtype = probe_dtype(config.model, deepspeed, ranks.device)
     check_supported(config.probe, dtype, zero_stage(deepspeed), ranks.device)
     fill_auto(deepspeed, config.probe, dtype, text_config.hidden_size, 1, ranks)
-    targets = resolve_targets(config.probe.targets, dissect(build_on_meta(config.model)))
+    model = _meta_model(config, 0)
+    anatomy = dissect(model)
+    targets = resolve_targets(config.probe.targets, anatomy)
+    gradient_sketcher(config.probe, anatomy)
     if selecting:
         check_selection(config, list(targets.members))
+    _check_checkpoints(config, model, text_config.vocab_size)
     return replace(config, data=within_context(config.data, text_config))
+
+
+def _meta_model(config: Config, number: int) -> PreTrainedModel:
+    """The model that is probed, or a checkpoint of it, without its weights."""
+    from grads_dist.model.load import build_on_meta
+    from grads_dist.probe.run import at_checkpoint
+
+    if not config.probe.checkpoints:
+        return build_on_meta(config.model)
+    try:
+        return build_on_meta(at_checkpoint(config, number).model)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("model.name_or_path", "probe.checkpoints", 1)) from None
+
+
+def _check_checkpoints(config: Config, first: PreTrainedModel, vocab_size: int) -> None:
+    """Refuse checkpoints whose weights differ in shape, or that are not for the model's tokenizer."""
+    names = config.probe.checkpoints
+
+    def shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
+        return {key: value.shape for key, value in model.named_parameters()}
+
+    for number, name in enumerate(names):
+        model = first if number == 0 else _meta_model(config, number)
+        fits = model.config.get_text_config().vocab_size == vocab_size
+        if not fits or type(model) is not type(first) or shapes(model) != shapes(first):
+            other = names[0] if fits else config.model.name_or_path
+            raise ConfigError(
+                f"probe.checkpoints: {name!r} is not of the architecture of {other!r}; allowed: checkpoints "
+                f"of one model"
+            )

@@ -9,9 +9,12 @@ import subprocess
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grads_dist.config import Config
+
+if TYPE_CHECKING:
+    from grads_dist.data.store import TokenStore
 
 SCHEMA = 1
 """Version of the run directory's layout."""
@@ -36,6 +39,11 @@ def identity(config: Config, fingerprint: str) -> dict[str, Any]:
         "corpus": fingerprint,
         "config": hashlib.sha256(text.encode()).hexdigest(),
     }
+
+
+def target_set(fingerprint: str, store: TokenStore) -> dict[str, Any]:
+    """Which rows the features of the target set are of."""
+    return {"corpus": fingerprint, "rows": store.num_rows, "rejected": store.num_rejected}
 
 
 def environment(world_size: int, device: str, launcher: str) -> dict[str, Any]:

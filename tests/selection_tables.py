@@ -17,6 +17,7 @@ def score_table(num_rows: int, seed: int = 0, targets: list[str] = TARGETS) -> p
         "num_tokens": labels + rng.integers(10, 60, num_rows).astype(np.int32),
         "num_label_tokens": labels,
         "loss": rng.gamma(4.0, 0.5, num_rows).astype(np.float32),
+        "el2n": np.random.default_rng([seed, 1]).uniform(0, 1.4, num_rows).astype(np.float32),
         "step": np.sort(rng.integers(0, 20, num_rows)).astype(np.int32),
         "token_hash": rng.permutation(num_rows).astype(np.int64) * 1_000_003,
     }

@@ -69,6 +69,7 @@ def test_table_has_the_documented_columns(finished):
     found = {field.name: str(field.type) for field in schema}
     expected = {"index": "int64", "id": "string", "status": "string", "token_hash": "int64"}
     expected |= {"num_tokens": "int32", "num_label_tokens": "int32", "step": "int32"}
+    expected |= {"checkpoint": "int32"}
     expected |= {"loss": "float", "el2n": "float"}
     for target in ("embedding", "lm_head"):
         expected |= {f"{target}.{name}": "double" for name in ("sum", "sumsq")}

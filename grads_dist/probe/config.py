@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from grads_dist.errors import ConfigError
+
+FEATURES = ("content", "gradient")
 
 
 @dataclass(frozen=True)
@@ -44,14 +47,31 @@ class ProbeConfig:
     epochs: int = 1
     """Preliminary epochs; statistics are read in the last."""
 
-    features: Literal["content", "none"] = "content"
-    """Features for similarity: content = mean last hidden state over the tokens that carry loss."""
+    features: Literal["content", "gradient", "none"] | list[Literal["content", "gradient"]] = "content"
+    """Features to write, one name or a list: content = mean last hidden state over the tokens that carry
+    loss, gradient = random projections of gradients at frozen weights (mode frozen, or warmup)."""
 
     feature_tokens: Literal["label", "all"] = "label"
     """Tokens that a content feature is averaged over."""
 
     sketch_dim: int = 256
     """Content features with more dimensions than this are reduced to it by a seeded random projection."""
+
+    gradient_targets: list[str] | dict[str, str] | None = None
+    """What gradient features are of, as for targets; unset: of all targets."""
+
+    gradient_dim: int = 4096
+    """Dimensions of a gradient feature: the square of the size of both sides of its projections."""
+
+    checkpoints: list[str] = field(default_factory=list)
+    """Mode frozen: probe at the weights of each of these (folders or hub ids of one architecture) instead of
+    those of model.name_or_path alone; the score table has a row for each row of the corpus and checkpoint."""
+
+    checkpoint_weights: list[float] | None = None
+    """Weight of each checkpoint in the criterion less, such as its learning rate; unset: all alike."""
+
+    save_model: bool = False
+    """Mode train: save the probed model to model/ in the run directory, as transformers does."""
 
     head_chunk_mib: int = 256
     """Memory for the LM head's logits at any moment, in MiB."""
@@ -60,7 +80,7 @@ class ProbeConfig:
     """Rows in one shard of the score table, roughly."""
 
     seed: int = 0
-    """Seed of the epoch's order and of the projection."""
+    """Seed of the epoch's order and of the projections."""
 
     def __post_init__(self) -> None:
         for name in ("global_batch", "batch_tokens", "epochs", "sketch_dim", "head_chunk_mib", "shard_rows"):
@@ -79,3 +99,72 @@ class ProbeConfig:
             raise ConfigError(f"probe.seed: {self.seed} is not allowed; it must lie in 0 .. {2**31 - 1}")
         if not self.targets:
             raise ConfigError("probe.targets: empty; name at least one target, e.g. [embedding, lm_head]")
+        if self.save_model and self.mode == "frozen":
+            raise ConfigError("probe.save_model: only probe.mode train changes the model; unset it")
+        self._check_features()
+        self._check_checkpoints()
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """The features that are written, content first."""
+        wanted = [self.features] if isinstance(self.features, str) else self.features
+        return tuple(name for name in FEATURES if name in wanted)
+
+    @property
+    def feature_files(self) -> tuple[str, ...]:
+        """Their names in the run directory: gradients have one for each of several checkpoints."""
+        files: list[str] = []
+        for name in self.feature_names:
+            files += [name] if name == "content" else gradient_files(len(self.checkpoints))
+        return tuple(files)
+
+    def _check_features(self) -> None:
+        if isinstance(self.features, (list, tuple)):
+            if not self.features or not set(self.features) <= set(FEATURES):
+                allowed = ", ".join(FEATURES)
+                raise ConfigError(
+                    f"probe.features: {self.features!r} is not allowed; allowed: none, or a list of {allowed}"
+                )
+        if self.gradient_dim < 1 or math.isqrt(self.gradient_dim) ** 2 != self.gradient_dim:
+            raise ConfigError(
+                f"probe.gradient_dim: {self.gradient_dim} is not allowed; it must be the square of a whole "
+                f"number, e.g. 4096"
+            )
+        if self.gradient_targets is not None and not self.gradient_targets:
+            raise ConfigError("probe.gradient_targets: empty; name at least one target, or leave it unset")
+        if "gradient" not in self.feature_names or self.mode == "frozen":
+            return
+        if self.warmup is None:
+            raise ConfigError(
+                "probe.features: gradient needs weights that stay the same; set probe.mode frozen, or "
+                "probe.warmup"
+            )
+        if self.warmup_probe == "rest":
+            raise ConfigError(
+                "probe.warmup_probe: rest probes but some rows at the frozen weights, and probe.features "
+                "gradient needs all; allowed: everything"
+            )
+
+    def _check_checkpoints(self) -> None:
+        if self.checkpoints and self.mode != "frozen":
+            raise ConfigError(
+                "probe.checkpoints: only probe.mode frozen probes several; unset it, or set that"
+            )
+        weights = self.checkpoint_weights
+        if weights is None:
+            return
+        if len(weights) != len(self.checkpoints):
+            raise ConfigError(
+                f"probe.checkpoint_weights: {len(weights)} weights for {len(self.checkpoints)} "
+                f"probe.checkpoints; allowed: one for each"
+            )
+        if not all(0 <= weight < math.inf for weight in weights) or not sum(weights) > 0:
+            raise ConfigError(
+                f"probe.checkpoint_weights: {weights} is not allowed; allowed: numbers of at least 0, not "
+                "all of them 0"
+            )
+
+
+def gradient_files(num_checkpoints: int) -> list[str]:
+    """Names of the gradient features of each checkpoint in the run directory."""
+    return [f"gradient.{c}" for c in range(num_checkpoints)] if num_checkpoints > 1 else ["gradient"]

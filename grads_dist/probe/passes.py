@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from grads_dist.data.store import TokenStore
 from grads_dist.errors import GradsDistError
@@ -18,7 +15,8 @@ from grads_dist.probe.batches import collate, dummy_batch
 from grads_dist.probe.config import ProbeConfig
 from grads_dist.probe.plan import Plan, share_units
 from grads_dist.probe.progress import Progress
-from grads_dist.probe.session import Session
+from grads_dist.probe.session import Measurement, Session
+from grads_dist.stats.sketch import unit_length
 from grads_dist.table.shards import FeatureShards, ScoreShards
 
 log = logging.getLogger(__name__)
@@ -36,13 +34,16 @@ MAX_NONFINITE_STEPS = 2
 
 @dataclass(frozen=True)
 class Work:
-    """What every pass works with on this rank."""
+    """What every pass works with on this rank, and where the numbers go; None: nowhere."""
 
     session: Session
     store: TokenStore
     config: ProbeConfig
-    scores: ScoreShards
+    scores: ScoreShards | None
     features: FeatureShards | None
+    """Content features."""
+    sketches: FeatureShards | None = None
+    """Gradient features."""
 
     @property
     def rank(self) -> int:
@@ -58,19 +59,6 @@ class Work:
         """The batch of the given rows of the store, on this rank's device."""
         avoid = self.session.model.anatomy.head_counts
         return collate(self.store, rows, weights, self.session.ranks.device, avoid)
-
-
-def content_projection(hidden_size: int, config: ProbeConfig, device: torch.device) -> Tensor | None:
-    """Gaussian projection [D, k] that keeps inner products in expectation, the same on every rank.
-
-    None when the features have no more than `sketch_dim` dimensions.
-    """
-    if hidden_size <= config.sketch_dim:
-        return None
-    digest = hashlib.blake2b(b"content", digest_size=4).digest()
-    generator = torch.Generator().manual_seed(config.seed * 2**32 + int.from_bytes(digest, "big"))
-    gaussian = torch.randn(hidden_size, config.sketch_dim, generator=generator)
-    return (gaussian / config.sketch_dim**0.5).to(device)
 
 
 def feature_pass(work: Work, plan: Plan) -> None:
@@ -89,20 +77,29 @@ def feature_pass(work: Work, plan: Plan) -> None:
 
 def frozen_pass(work: Work, plan: Plan, step: int, prefix: str = "") -> None:
     """Statistics of all rows of the plan without an update, and features where this pass yields them."""
-    progress = _progress(work, "probe", plan)
+    progress = _progress(work, "probe" if work.scores is not None else "target", plan)
     feature_tokens = work.config.feature_tokens if work.features is not None else None
     for unit, batch, ends_unit in _unit_batches(work, plan):
-        found = work.session.measure(batch, feature_tokens)
+        found = work.session.measure(batch, feature_tokens, sketching=work.sketches is not None)
         if len(batch.rows):
-            signal = work.scores.add(batch, found.head, found.stats, step)
-            if work.features is not None and found.features is not None:
-                work.features.add(batch, found.features)
+            signal = _add(work, batch, found, step)
             progress.update(len(batch.rows), batch.layout.segments.num_rows, signal)
         if ends_unit:
-            work.scores.flush(f"{prefix}{unit:06d}")
-            if work.features is not None:
-                work.features.flush(f"{unit:06d}")
+            if work.scores is not None:
+                work.scores.flush(f"{prefix}{unit:06d}")
+            for shards in (work.features, work.sketches):
+                if shards is not None:
+                    shards.flush(f"{unit:06d}")
     progress.close()
+
+
+def _add(work: Work, batch: Batch, found: Measurement, step: int) -> np.ndarray | None:
+    """Hand what a batch gave to where it goes; returns the rows' mean log norms, if they are scored."""
+    if work.features is not None and found.features is not None:
+        work.features.add(batch, found.features)
+    if work.sketches is not None and found.sketch is not None:
+        work.sketches.add(batch, unit_length(found.sketch))
+    return None if work.scores is None else work.scores.add(batch, found.head, found.stats, step)
 
 
 def train_pass(work: Work, plan: Plan, steps: range, record: bool, first_step: int = 0) -> None:
@@ -113,6 +110,7 @@ def train_pass(work: Work, plan: Plan, steps: range, record: bool, first_step: i
         record: whether statistics are read.
         first_step: optimizer steps made before this plan, for the table's `step`.
     """
+    assert work.scores is not None
     rows = plan.rows_of_rank(steps, work.rank, work.world_size)
     progress = Progress("probe" if record else "train", rows, work.session.ranks.is_main)
     _warn_of_idle_ranks(work, plan, steps)
@@ -138,7 +136,7 @@ def _train_step(work: Work, plan: Plan, step: int, record: bool, number: int, pr
         found = work.session.train_micro_batch(batch, last, record)
         if not len(batch.rows):
             continue
-        signal = work.scores.add(batch, found.head, found.stats, number) if found is not None else None
+        signal = _add(work, batch, found, number) if found is not None else None
         seen = True
         finite = finite or signal is None or bool(np.isfinite(signal).any())
         progress.update(len(batch.rows), batch.layout.segments.num_rows, signal)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from grads_dist.config import Config
 from grads_dist.model.anatomy import check_head, dissect
 from grads_dist.model.load import load_model, load_text_config
 from grads_dist.model.probed import Batch, ProbedModel
+from grads_dist.probe.features import gradient_sketcher
 from grads_dist.probe.zero import (
     check_supported,
     fill_auto,
@@ -39,6 +41,9 @@ class Measurement:
     head: HeadResult
     stats: dict[str, Statistics]
     features: Tensor | None
+    """Content features [S, D], if asked for."""
+    sketch: Tensor | None = None
+    """Sketches of the gradients [S, k * k], if asked for."""
 
 
 class Session:
@@ -69,7 +74,8 @@ class Session:
             model.requires_grad_(False)
         anatomy = dissect(model)
         self.targets: Targets = resolve_targets(probe.targets, anatomy)
-        self.recorder = Recorder(anatomy, self.targets)
+        self.sketcher = gradient_sketcher(probe, anatomy)
+        self.recorder = Recorder(anatomy, self.targets, self.sketcher)
         self.model = ProbedModel(anatomy, self.recorder, probe.head_chunk_mib << 20)
         if sharded and not training:
             # DeepSpeed builds no engine without something to optimise.
@@ -84,6 +90,20 @@ class Session:
         """Whether a forward pass is collective, so that idle ranks must take part with dummy batches."""
         return self.stage == 3
 
+    def close(self) -> None:
+        """Let go of the model's memory, so that another can be loaded."""
+        if self.engine is not None:
+            self.engine.destroy()
+        for parameter in self.model.parameters():
+            if hasattr(parameter, "ds_tensor"):
+                # DeepSpeed keeps the models that it has sharded in tables of its own, for ever.
+                parameter.ds_tensor.data = parameter.ds_tensor.new_empty(0)
+        self.engine = None
+        del self.model, self.recorder, self.sketcher
+        gc.collect()
+        if self.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def freeze(self) -> None:
         """End training: from here on no weight gradient is computed."""
         self.model.causal_lm.requires_grad_(False)
@@ -95,11 +115,13 @@ class Session:
         assert self.model.features is not None
         return self.model.features
 
-    def measure(self, batch: Batch, feature_tokens: str | None = None) -> Measurement:
+    def measure(
+        self, batch: Batch, feature_tokens: str | None = None, sketching: bool = False
+    ) -> Measurement:
         """Statistics at the present weights; no weight gradient, and no backward pass unless needed."""
         backward = self.recorder.needs_backward
         mode: AbstractContextManager = nullcontext() if backward else torch.no_grad()
-        with mode, self.recorder.batch(batch.layout):
+        with mode, self.recorder.batch(batch.layout, sketching):
             total = self.model(batch, record=True, feature_tokens=feature_tokens)
             if backward:
                 total.backward()
@@ -127,5 +149,7 @@ class Session:
         head = self.model.head_result
         assert head is not None
         # A dummy batch has weight 0, so that its gradients cannot be freed of it, and no rows to report.
-        stats = self.recorder.finish(head) if len(batch.rows) else {}
-        return Measurement(head, stats, self.model.features)
+        if not len(batch.rows):
+            return Measurement(head, {}, self.model.features)
+        stats = self.recorder.finish(head)
+        return Measurement(head, stats, self.model.features, self.recorder.sketch(head))

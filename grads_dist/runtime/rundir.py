@@ -14,7 +14,7 @@ MARKER = ".grads_dist"
 """File that says that a folder is a run directory, so that what it holds may be replaced on request."""
 
 # All that a run writes; nothing else is ever removed, and nothing in a folder without the marker.
-_RESULTS = ("manifest.json", "scores.parquet", "scores", "features", "selection")
+_RESULTS = ("manifest.json", "scores.parquet", "scores", "features", "selection", "model")
 _WRITTEN = (*_RESULTS, "config.yaml", "environment.json", "rejected.jsonl", "logs")
 
 
@@ -52,13 +52,23 @@ class RunDir:
         """The merged score table."""
         return self.root / "scores.parquet"
 
+    @property
+    def model(self) -> Path:
+        """The probed model, if it is saved."""
+        return self.root / "model"
+
     def features_dir(self, name: str) -> Path:
         """Shards of the features `name`."""
         return self.root / "features" / name
 
     def features(self, name: str) -> Path:
-        """The merged features `name`; row k belongs to row k of the score table."""
+        """The merged features `name`; row k belongs to the k-th corpus row of the score table."""
         return self.root / "features" / f"{name}.npy"
+
+    @staticmethod
+    def of_target(name: str) -> str:
+        """Name of the features `name` of the target set, row k for its k-th usable row."""
+        return f"{name}.target"
 
     @property
     def rejected(self) -> Path:
@@ -138,6 +148,25 @@ def atomic_write(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder that becomes `path` at the end, its files synced; removed on an error.
+
+    `path` must not be there.
+    """
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            sync(file)
+        sync(temporary)
+        os.rename(temporary, path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _check_writable(folder: Path) -> None:

@@ -35,7 +35,13 @@ class Choice:
     """How much was asked for."""
 
 
-def choose(scored: Scored, num_scored: int, config: SelectionConfig, targets: list[str]) -> Choice:
+def choose(
+    scored: Scored,
+    num_scored: int,
+    config: SelectionConfig,
+    targets: list[str],
+    relevance: np.ndarray | None = None,
+) -> Choice:
     """Rank the candidates by the configured criterion and pick within the budget.
 
     Args:
@@ -43,6 +49,7 @@ def choose(scored: Scored, num_scored: int, config: SelectionConfig, targets: li
         num_scored: rows of the score table, which a fraction is of.
         config: criterion, budget, `dedup_threshold`, seed.
         targets: probed targets, for the control `grand`.
+        relevance: closeness of the candidates to the target set, for `rds` and `less`.
 
     Raises:
         ConfigError: nothing can be picked, or a control lacks a column.
@@ -55,7 +62,7 @@ def choose(scored: Scored, num_scored: int, config: SelectionConfig, targets: li
         if choice is not None and budget.unit == "none":
             budget = Budget("rows", int(choice.selected.sum()))
         reference = None if choice is None else choice.selected
-        score = control_score(config.criterion, scored.table, targets, config.seed, reference)
+        score = control_score(config.criterion, scored.table, targets, config.seed, reference, relevance)
         choice = _pick(scored, score, np.ones(len(score), bool), budget, config)
     assert choice is not None
     _check(choice, scored, config)

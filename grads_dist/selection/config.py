@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from grads_dist.errors import ConfigError
 
-Criterion = Literal["grads", "random", "length_matched_random", "loss", "grand"]
+Criterion = Literal["grads", "random", "length_matched_random", "loss", "grand", "el2n", "rds", "less"]
 SignalPreset = Literal["paper", "norm"]
 Gradient = Literal["density", "magnitude", "density_magnitude", "flatten", "rare", "band", "zscore"]
 Bandwidth = Literal["silverman", "isj"]
@@ -60,7 +60,8 @@ class SelectionConfig:
     """Budget as a number of tokens: the longest prefix of the ranking that fits."""
 
     criterion: Criterion = "grads"
-    """What ranks the rows: grads, or a control (random, length_matched_random, loss, grand)."""
+    """What ranks the rows: grads, or a control: random, length_matched_random, loss, grand, el2n, and by
+    closeness to data.target rds (of content features) and less (of gradient features)."""
 
     signal: SignalPreset | list[str] = "paper"
     """Signal of a row: paper, norm, or a list of columns of the score table (mean of their z-scores)."""

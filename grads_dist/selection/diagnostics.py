@@ -103,7 +103,8 @@ def describe_controls(
     num_tokens = table.column("num_tokens").to_numpy()
     overlap: dict[str, Any] = {"expected_by_chance": number(selected.mean())}
     for name in CONTROLS:
-        if name == config.criterion or (name == "grand" and not targets):
+        unknown = (name == "grand" and not targets) or (name == "el2n" and "el2n" not in table.column_names)
+        if name == config.criterion or unknown:
             continue
         score = control_score(name, table, targets, config.seed, selected)
         picked = top_k(score, everyone, num_tokens, budget)

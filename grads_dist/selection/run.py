@@ -11,9 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from grads_dist.errors import ConfigError
+from grads_dist.errors import ConfigError, DataError
 from grads_dist.runtime.rundir import RunDir
+from grads_dist.selection.checkpoints import fold_checkpoints
 from grads_dist.selection.config import SelectionConfig
+from grads_dist.selection.controls import COMPARED_BY, how_to_get
+from grads_dist.selection.relevant import read_relevance
 from grads_dist.selection.scored import needs_graph
 from grads_dist.selection.select import Selection, needed_columns, select
 from grads_dist.selection.signal import signal_columns
@@ -42,6 +45,14 @@ def check_selection(config: Config, targets: list[str]) -> None:
                 f"selection.signal: {name!r} is not a column of the score table; "
                 f"allowed: {', '.join(columns)}"
             )
+    criterion = config.selection.criterion
+    if criterion in COMPARED_BY:
+        missing = config.data.target is None or COMPARED_BY[criterion] not in config.probe.feature_names
+        if missing:
+            raise ConfigError(
+                f"selection.criterion: {criterion} compares {COMPARED_BY[criterion]} features with a target "
+                f"set; {how_to_get(criterion)}"
+            )
     if not needs_graph(config.selection):
         return
     if config.probe.features == "none":
@@ -49,10 +60,10 @@ def check_selection(config: Config, targets: list[str]) -> None:
             "probe.features: none is not allowed, because selection.weights d or r, or "
             "selection.dedup_threshold, compare features; allowed: content, or weights d and r of 0"
         )
-    if config.similarity.features != config.probe.features:
+    if config.similarity.features not in config.probe.feature_files:
         raise ConfigError(
             f"similarity.features: {config.similarity.features!r} is not what the probe writes; "
-            f"allowed: {config.probe.features}"
+            f"allowed: {', '.join(config.probe.feature_files)}"
         )
     choose_backend(config.similarity)
 
@@ -80,16 +91,28 @@ def select_from(config: Config, rundir: RunDir) -> Selection:
         if not path.exists():
             raise ConfigError(f"output_dir: {str(rundir.root)!r} has no {path.name}; probe first")
     targets = list(json.loads(rundir.manifest.read_text(encoding="utf-8"))["targets"])
-    table = _read_table(rundir, config.selection, targets)
+    table, targets = fold_checkpoints(_read_table(rundir, config.selection, targets), targets)
     features = _read_features(rundir, config)
-    return select(table, features, config.selection, config.similarity, targets)
+    close = None
+    if config.selection.criterion in COMPARED_BY:
+        close = read_relevance(rundir, config.selection.criterion, config.probe.checkpoint_weights)
+        _check_rows(close, table)
+    return select(table, features, config.selection, config.similarity, targets, close)
 
 
 def _read_table(rundir: RunDir, selection: SelectionConfig, targets: list[str]) -> pa.Table:
-    """Only the columns that the selection needs; `select` names one that is missing."""
+    """Only the columns that the selection needs; `select` names one that is missing.
+
+    `checkpoint` is not there in runs of earlier versions, which knew but one.
+    """
     present = set(pq.read_schema(rundir.scores).names)
-    columns = [name for name in needed_columns(selection, targets) if name in present]
+    columns = [name for name in [*needed_columns(selection, targets), "checkpoint"] if name in present]
     return pq.read_table(rundir.scores, columns=columns)
+
+
+def _check_rows(close: np.ndarray, table: pa.Table) -> None:
+    if len(close) != table.num_rows:
+        raise DataError(f"features of {len(close)} rows do not belong to a table of {table.num_rows} rows")
 
 
 def _read_features(rundir: RunDir, config: Config) -> np.ndarray | None:
@@ -97,7 +120,8 @@ def _read_features(rundir: RunDir, config: Config) -> np.ndarray | None:
     if not needs_graph(config.selection):
         return None
     if not path.exists():
-        available = sorted(file.stem for file in path.parent.glob("*.npy"))
+        found = (file.stem for file in path.parent.glob("*.npy"))
+        available = sorted(name for name in found if not name.endswith(".target"))
         if not available:
             return None
         raise ConfigError(

@@ -80,6 +80,7 @@ def select(
     selection: SelectionConfig,
     similarity: SimilarityConfig,
     targets: list[str],
+    relevance: np.ndarray | None = None,
 ) -> Selection:
     """Select rows of a score table (docs/selection.md).
 
@@ -91,6 +92,7 @@ def select(
         selection: what is scored and how much is picked.
         similarity: how neighbours are found.
         targets: names of the probed targets.
+        relevance: [rows of the table], closeness to the target set, for the criteria rds and less.
 
     Raises:
         ConfigError: a column or the features that the configuration needs are missing, or it leaves no row.
@@ -99,7 +101,8 @@ def select(
     stages = Stages()
     scored = score_rows(table, features, selection, similarity, targets, stages)
     with stages("pick"):
-        choice = choose(scored, table.num_rows, selection, targets)
+        close = None if relevance is None else relevance[scored.found.rows]
+        choice = choose(scored, table.num_rows, selection, targets, close)
     with stages("diagnostics"):
         result = _result(scored, choice, selection)
         summary = _summary(scored, choice, result, table.num_rows, selection, targets)
@@ -108,8 +111,8 @@ def select(
 
 
 def needed_columns(selection: SelectionConfig, targets: list[str]) -> list[str]:
-    """Columns of the score table that `select` reads."""
-    fixed = ["index", "id", "status", "num_tokens", "num_label_tokens", "loss", "step", "token_hash"]
+    """Columns of the score table that `select` reads, if they are there."""
+    fixed = ["index", "id", "status", "num_tokens", "num_label_tokens", "loss", "el2n", "step", "token_hash"]
     norms = [f"{target}.sumsq" for target in targets]
     return list(dict.fromkeys(fixed + signal_columns(selection.signal, targets) + norms))
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from grads_dist.stats.head_request import HeadRequest, HeadResult, LogitTransform
+from grads_dist.stats.head_sketch import ChunkSketch
 from grads_dist.stats.ops import (
     BatchGradient,
     accumulation_dtype,
@@ -135,7 +136,6 @@ class _ChunkSums:
         self.segments = Segments(segments.lengths[samples.start : samples.stop])
         self.sample_m = self.segments.sample_of_row(pass_.hidden.device)
         self.hidden = pass_.hidden[positions].to(pass_.dtype)
-        self.hidden_sums = self.hidden.sum(1, dtype=torch.float64)
         self.targets = pass_.targets[positions]
         self.nll = torch.zeros(_length(positions), dtype=pass_.dtype, device=pass_.hidden.device)
         self.p_sumsq, self.p_target = torch.zeros_like(self.nll), torch.zeros_like(self.nll)
@@ -148,6 +148,8 @@ class _ChunkSums:
         empty = Statistics.empty(len(self.segments), pass_.hidden.device)
         self.stats, self.rest, self.bias_stats = empty, empty, empty
         self.kept_rows: list[list[Tensor]] = [[] for _ in samples]
+        wanted = pass_.request.projections
+        self.sketch = None if wanted is None else ChunkSketch(wanted, pass_.weight.shape[0], self.nll)
 
     def add(self, rows: slice, logits: Tensor, logsumexp: Tensor | None) -> None:
         logsumexp = logits.logsumexp(1) if logsumexp is None else logsumexp
@@ -164,6 +166,8 @@ class _ChunkSums:
             d_mv.mul_(slope)
         if self.p.request.with_stats:
             self._add_stats(rows, d_mv)
+        if self.sketch is not None:
+            self.sketch.add(rows, d_mv)
         self._add_gradients(rows, d_mv)
 
     def _add_gradients(self, rows: slice, d_mv: Tensor) -> None:
@@ -197,7 +201,7 @@ class _ChunkSums:
             gradient = None
             if self.p.grad_weight is not None:
                 gradient = BatchGradient(self.p.grad_weight[block], self.weights)
-            found = outer_product_stats(d_mv, self.hidden, self.segments, gradient, self.hidden_sums)
+            found = outer_product_stats(d_mv, self.hidden, self.segments, gradient)
             self.stats = self.stats.merge(found)
             return
         rest, kept = [], []
@@ -221,9 +225,12 @@ class _ChunkSums:
         # |p - onehot|^2 = |p|^2 - 2 p_y + 1, in the form that keeps its accuracy when p_y is near 1.
         error = (self.p_sumsq - self.p_target.square() + (1 - self.p_target).square()).clamp_min(0).sqrt()
         result.el2n[samples] = torch.segment_reduce(error, "mean", lengths=lengths)
+        scale = self.inverse_n
+        if self.sketch is not None:
+            found = self.sketch.finish(self.hidden, self.segments) * scale[:, None, None]
+            result.sketch = found if result.sketch is None else torch.cat([result.sketch, found])
         if not self.p.request.with_stats:
             return
-        scale = self.inverse_n
         result.weight_stats = _append(result.weight_stats, self.stats.scaled(scale))
         if self.p.bias is not None:
             result.bias_stats = _append(result.bias_stats, self.bias_stats.scaled(scale))

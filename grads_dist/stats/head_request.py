@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from grads_dist.stats.segments import Segments
 from grads_dist.stats.statistics import Statistics
+
+if TYPE_CHECKING:
+    from grads_dist.stats.sketch import Projection
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,14 @@ class LogitTransform:
 
 
 @dataclass(frozen=True)
+class HeadProjections:
+    """The projections that the gradients of the head's weight and bias are sketched by, all summed."""
+
+    weight: tuple[Projection, ...]
+    bias: tuple[Projection, ...]
+
+
+@dataclass(frozen=True)
 class HeadRequest:
     """What is wanted of the head's pass.
 
@@ -45,6 +57,7 @@ class HeadRequest:
         with_stats: compute the statistics of the head's gradient.
         kept_ids: for a tied weight, each sample's sorted distinct input ids, whose rows of G are kept and
             left out of `rest`.
+        projections: sketch the head's gradient by these; None for no sketch.
     """
 
     segments: Segments
@@ -53,6 +66,7 @@ class HeadRequest:
     chunk_positions: int
     with_stats: bool
     kept_ids: tuple[Tensor, ...] | None = None
+    projections: HeadProjections | None = None
 
 
 @dataclass
@@ -70,5 +84,7 @@ class HeadResult:
     """With `kept_ids`: statistics of the weight's gradient over all rows but those."""
     kept_rows: list[Tensor] = field(default_factory=list)
     """With `kept_ids`: the rows of G at those ids, one [len(ids), D] tensor a sample."""
+    sketch: Tensor | None = None
+    """With `projections`: the sketch of the head's gradient [S, k, k]."""
     factors: Tensor | None = None
     """Set by the backward pass: what each sample's loss was multiplied by on its way to the gradients [S]."""

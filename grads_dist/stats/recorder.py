@@ -11,9 +11,10 @@ from torch import Tensor
 from grads_dist.model.anatomy import Anatomy
 from grads_dist.stats import ops
 from grads_dist.stats.gradients import SampleGradient, TouchedRows, Zero
-from grads_dist.stats.head_request import HeadResult
+from grads_dist.stats.head_request import HeadProjections, HeadResult
 from grads_dist.stats.layers import LayerReader
 from grads_dist.stats.segments import BatchLayout
+from grads_dist.stats.sketch import Sketcher, sketch
 from grads_dist.stats.statistics import Statistics
 from grads_dist.stats.targets import TIED, Targets
 
@@ -24,15 +25,22 @@ class Recorder:
     Attach it before DeepSpeed wraps the model. `with recorder.batch(layout):` goes around the forward and
     backward pass of a micro-batch; `finish(head)` then gives the numbers, freed of whatever factor the batch
     put on each sample's loss.
+
+    Args:
+        anatomy: the model and its parts.
+        targets: what statistics are read of.
+        sketcher: what else is sketched, in the batches that ask for it.
     """
 
-    def __init__(self, anatomy: Anatomy, targets: Targets) -> None:
-        self.targets = targets
+    def __init__(self, anatomy: Anatomy, targets: Targets, sketcher: Sketcher | None = None) -> None:
+        self.targets, self._sketcher = targets, sketcher
+        self._sketching = False
+        self._sketch: Tensor | None = None
         self._anatomy = anatomy
         self._found: dict[str, Statistics] = {}
         self._tied_rows: ops.EmbeddingRows | None = None
         self._embedding = f"{anatomy.embedding_name}.weight"
-        self._reader = LayerReader(anatomy.model, self._layer_parameters(), self._consume)
+        self._reader = LayerReader(anatomy.model, self._layer_parameters(), self._consume, share=True)
 
     @property
     def needs_backward(self) -> bool:
@@ -50,9 +58,10 @@ class Recorder:
         return TIED in self.targets.parameters
 
     @contextmanager
-    def batch(self, layout: BatchLayout) -> Iterator[None]:
-        """Record the passes inside the block as those of one micro-batch."""
-        self._found, self._tied_rows = {}, None
+    def batch(self, layout: BatchLayout, sketching: bool = False) -> Iterator[None]:
+        """Record the passes inside the block as those of one micro-batch, with sketches if asked for."""
+        self._found, self._tied_rows, self._sketch = {}, None, None
+        self._sketching = sketching and self._sketcher is not None
         with self._reader.batch(layout):
             yield
 
@@ -69,6 +78,34 @@ class Recorder:
         per_parameter.update(self._head_statistics(head))
         return {target: _merged(names, per_parameter) for target, names in self.targets.members.items()}
 
+    def detach(self) -> None:
+        """Leave the model as it was."""
+        self._reader.detach()
+
+    @property
+    def head_projections(self) -> HeadProjections | None:
+        """What the head's gradient is to be sketched by in the present batch."""
+        if not self._sketching or self._sketcher is None:
+            return None
+        weight, bias = self._head_parameters
+        # The tied weight's one gradient is the embedding's and the head's, and has one projection.
+        weights = (*self._sketcher.of(weight), *self._sketcher.of(TIED))
+        biases = self._sketcher.of(bias)
+        return HeadProjections(weights, biases) if weights or biases else None
+
+    def sketch(self, head: HeadResult) -> Tensor | None:
+        """Sketches of the last batch's gradients [S, k * k], after `finish`; None if none were asked for."""
+        if not self._sketching:
+            return None
+        total = self._sketch
+        if total is not None:
+            assert head.factors is not None
+            total = total / head.factors[:, None, None]
+        if head.sketch is not None:
+            total = head.sketch if total is None else total + head.sketch
+        assert total is not None
+        return total.flatten(1)
+
     @property
     def _head_parameters(self) -> tuple[str, str]:
         head = self._anatomy.head_name
@@ -76,8 +113,12 @@ class Recorder:
 
     def _layer_parameters(self) -> set[str]:
         """What the layers are read for: all but the head, and the embedding for the tied weight."""
-        wanted = set(self.targets.parameters) - {TIED, *self._head_parameters}
-        return wanted | {self._embedding} if self.needs_tied else wanted
+        wanted = set(self.targets.parameters)
+        if self._sketcher is not None:
+            wanted |= self._sketcher.parameters
+        if TIED in wanted:
+            wanted.add(self._embedding)
+        return wanted - {TIED, *self._head_parameters}
 
     def _consume(self, parameter: str, gradient: SampleGradient) -> None:
         if parameter == self._embedding and self.needs_tied:
@@ -85,6 +126,17 @@ class Recorder:
             self._tied_rows = gradient.touched
         if parameter in self.targets.parameters:
             self._found[parameter] = gradient.statistics()
+        if self._sketching:
+            self._add_sketches(parameter, gradient)
+
+    def _add_sketches(self, parameter: str, gradient: SampleGradient) -> None:
+        assert self._sketcher is not None
+        projections = self._sketcher.of(parameter)
+        if parameter == self._embedding:
+            projections += self._sketcher.of(TIED)
+        for projection in projections:
+            found = sketch(gradient, projection)
+            self._sketch = found if self._sketch is None else self._sketch + found
 
     def _head_statistics(self, head: HeadResult) -> dict[str, Statistics]:
         weight, bias = self._head_parameters

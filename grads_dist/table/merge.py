@@ -17,8 +17,13 @@ MERGE_ROWS = 1 << 20
 """Rows of the score table in memory at a time while merging."""
 
 
-def merge_scores(rundir: RunDir, expected_index: np.ndarray, rows_at_a_time: int = MERGE_ROWS) -> int:
-    """Write scores.parquet, sorted by `index`; returns its number of rows.
+def merge_scores(
+    rundir: RunDir,
+    expected_index: np.ndarray,
+    rows_at_a_time: int = MERGE_ROWS,
+    num_checkpoints: int = 1,
+) -> int:
+    """Write scores.parquet, sorted by (`index`, `checkpoint`); returns its number of rows.
 
     The shards are first dealt out to buckets of consecutive row numbers, then each bucket is sorted, so that
     memory does not grow with the table.
@@ -26,14 +31,16 @@ def merge_scores(rundir: RunDir, expected_index: np.ndarray, rows_at_a_time: int
     Args:
         expected_index: numbers of the corpus rows that must be there, ascending.
         rows_at_a_time: rows of one bucket.
+        num_checkpoints: how many rows each of them must have, one for each checkpoint.
 
     Raises DataError when a row is missing, or there twice.
     """
     paths = sorted(rundir.scores_dir.glob("shard-*.parquet"))
     if not paths:
         raise DataError(f"{rundir.scores_dir}: no shard of the score table is there; run the probe first")
-    found = [pq.read_table(path, columns=["index"])["index"].to_numpy() for path in paths]
-    _check_rows(np.sort(np.concatenate(found)), expected_index, str(rundir.scores_dir))
+    found = np.concatenate([_keys(path, num_checkpoints) for path in paths])
+    expected = (expected_index[:, None] * num_checkpoints + np.arange(num_checkpoints)).ravel()
+    _check_rows(np.sort(found), expected, str(rundir.scores_dir), num_checkpoints)
     bounds = expected_index[rows_at_a_time::rows_at_a_time]
     with tempfile.TemporaryDirectory(dir=rundir.root, prefix=".merge-") as folder:
         buckets = _deal_out(paths, bounds, Path(folder)) if len(bounds) else [paths]
@@ -41,8 +48,18 @@ def merge_scores(rundir: RunDir, expected_index: np.ndarray, rows_at_a_time: int
             with pq.ParquetWriter(path, pq.read_schema(paths[0])) as writer:
                 for bucket in buckets:
                     tables = [pq.read_table(part) for part in bucket]
-                    writer.write_table(pa.concat_tables(tables).sort_by("index"))
-    return len(expected_index)
+                    order = [("index", "ascending"), ("checkpoint", "ascending")]
+                    writer.write_table(pa.concat_tables(tables).sort_by(order))
+    return len(expected)
+
+
+def _keys(path: Path, num_checkpoints: int) -> np.ndarray:
+    """One number for each (corpus row, checkpoint) of a shard, in the order of both."""
+    table = pq.read_table(path, columns=["index", "checkpoint"])
+    checkpoint = table["checkpoint"].to_numpy()
+    if len(checkpoint) and not 0 <= checkpoint.min() <= checkpoint.max() < num_checkpoints:
+        raise DataError(f"{path}: checkpoint {checkpoint.max()} is not one of {num_checkpoints}")
+    return table["index"].to_numpy() * num_checkpoints + checkpoint
 
 
 def _deal_out(paths: list[Path], bounds: np.ndarray, folder: Path) -> list[list[Path]]:
@@ -60,7 +77,7 @@ def _deal_out(paths: list[Path], bounds: np.ndarray, folder: Path) -> list[list[
 
 
 def merge_features(rundir: RunDir, name: str, expected_index: np.ndarray) -> None:
-    """Write features/<name>.npy, row k for row k of the score table, with one shard in memory at a time."""
+    """Write features/<name>.npy, row k for the k-th of `expected_index`, one shard in memory at a time."""
     folder = rundir.features_dir(name)
     paths = sorted(p for p in folder.glob("shard-*.npy") if not p.name.endswith(".index.npy"))
     indices = [np.load(_index_of(path), allow_pickle=False) for path in paths]
@@ -78,14 +95,19 @@ def _index_of(path: Path) -> Path:
     return path.with_name(path.name.removesuffix(".npy") + ".index.npy")
 
 
-def _check_rows(found: np.ndarray, expected: np.ndarray, where: str) -> None:
-    """`found` ascending; exactly the expected rows must be there, each once."""
+def _check_rows(found: np.ndarray, expected: np.ndarray, where: str, num_checkpoints: int = 1) -> None:
+    """`found` ascending; exactly the expected keys must be there, each once."""
     if np.array_equal(found, expected):
         return
+
+    def row(key: int) -> str:
+        at = f" at checkpoint {key % num_checkpoints}" if num_checkpoints > 1 else ""
+        return f"row {key // num_checkpoints}{at}"
+
     doubled = found[1:][found[1:] == found[:-1]]
     if len(doubled):
-        raise DataError(f"{where}: row {doubled[0]} is there twice ({len(doubled)} such rows)")
+        raise DataError(f"{where}: {row(doubled[0])} is there twice ({len(doubled)} such rows)")
     missing = np.setdiff1d(expected, found)
     if len(missing):
-        raise DataError(f"{where}: row {missing[0]} is missing ({len(missing)} such rows)")
-    raise DataError(f"{where}: row {np.setdiff1d(found, expected)[0]} does not belong to this corpus")
+        raise DataError(f"{where}: {row(missing[0])} is missing ({len(missing)} such rows)")
+    raise DataError(f"{where}: {row(np.setdiff1d(found, expected)[0])} does not belong to this corpus")

@@ -15,10 +15,13 @@ ROW_FIELDS = [
     pa.field("loss", pa.float32()),
     pa.field("el2n", pa.float32()),
     pa.field("step", pa.int32()),
+    pa.field("checkpoint", pa.int32()),
     pa.field("token_hash", pa.int64()),
 ]
-"""One row of the corpus: `index` its number there, `status` ok or nonfinite, `step` the optimizer step it was
-seen in (-1 in frozen mode), `token_hash` a hash of token ids and loss mask that exact copies share."""
+"""One row of the corpus at the weights of one checkpoint: `index` its number there, `status` ok or nonfinite,
+`step` the optimizer step it was seen in (-1 in frozen mode), `checkpoint` the place of the weights in
+`probe.checkpoints` (0 where there is one), `token_hash` a hash of token ids and loss mask that exact copies
+share."""
 
 STATISTICS = {
     "sum": pa.float64(),

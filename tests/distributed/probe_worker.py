@@ -26,11 +26,11 @@ def probe(arguments: list[str], head_chunk_bytes: int | None) -> ProbedModel:
 
     def model(anatomy, recorder, configured_bytes):
         models.append(ProbedModel(anatomy, recorder, head_chunk_bytes or configured_bytes))
-        return models[0]
+        return models[-1]
 
     with mock.patch.object(session, "ProbedModel", model):
         prepare(["probe", "--overwrite", *arguments])()
-    return models[0]
+    return models[-1]
 
 
 def whole_weights(model: ProbedModel) -> list[str]:

@@ -1,0 +1,53 @@
+"""How close the rows of a run are to its target set, from the feature files of its probe."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+
+from grads_dist.errors import ConfigError
+from grads_dist.probe.config import gradient_files
+from grads_dist.runtime.rundir import RunDir
+from grads_dist.selection.controls import how_to_get
+from grads_dist.similarity.relevance import relevance
+
+
+def read_relevance(rundir: RunDir, criterion: str, weights: list[float] | None) -> np.ndarray:
+    """Closeness of every row of the corpus to the target set, float64 [n] (docs/selection.md, "Controls").
+
+    Args:
+        rundir: a probed run.
+        criterion: rds (the largest cosine of content features) or less (the mean cosine of gradient features,
+            averaged over checkpoints).
+        weights: of the checkpoints; None: all alike.
+
+    Raises:
+        ConfigError: the run has no such features, or not as many checkpoints as there are weights.
+        DataError: the target set has no row that can be compared with.
+    """
+    if criterion == "rds":
+        return _of_files(rundir, "content", criterion)
+    checkpoints = json.loads(rundir.manifest.read_text(encoding="utf-8")).get("checkpoints", [])
+    names = gradient_files(len(checkpoints))
+    if weights is None:
+        weights = [1.0] * len(names)
+    if len(weights) != len(names):
+        raise ConfigError(
+            f"probe.checkpoint_weights: {len(weights)} weights for the {len(names)} checkpoints of the run; "
+            "allowed: one for each"
+        )
+    parts = [weight * _of_files(rundir, name, criterion) for weight, name in zip(weights, names, strict=True)]
+    return np.sum(parts, axis=0) / sum(weights)
+
+
+def _of_files(rundir: RunDir, name: str, criterion: str) -> np.ndarray:
+    arrays = []
+    for path in (rundir.features(name), rundir.features(RunDir.of_target(name))):
+        if not path.exists():
+            raise ConfigError(
+                f"selection.criterion: {criterion} needs {path.relative_to(rundir.root)}, which the run does "
+                f"not have; {how_to_get(criterion)}"
+            )
+        arrays.append(np.load(path, mmap_mode="r", allow_pickle=False))
+    return relevance(arrays[0], arrays[1], "max" if criterion == "rds" else "mean")
