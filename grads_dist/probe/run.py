@@ -87,6 +87,7 @@ def _probe_at(
         "features": _describe_features(work, num_steps, checkpoint),
         "plan": {"optimizer_steps": num_steps, "rows": store.num_rows, "world_size": ranks.world_size},
         "nonfinite_rows": sum(ranks.gather(work.scores.num_nonfinite)),
+        "lm_head": _describe_head(np.sum(ranks.gather(work.scores.head_counts), axis=0)),
         "model_commit": getattr(session.model.anatomy.model.config, "_commit_hash", None),
         "zero_stage": session.stage,
         "deepspeed": session.deepspeed if session.engine is not None else None,
@@ -94,6 +95,19 @@ def _probe_at(
     if checkpoint < len(probe.checkpoints) - 1:
         session.close()
     return manifest
+
+
+def _describe_head(counts: np.ndarray) -> dict[str, int]:
+    """How the statistics of the LM head came about where no weight gradient was summed on the way."""
+    certified, rows, whole = counts.tolist()
+    if certified:
+        log.info(
+            "LM head: %.0f rows of its gradient formed a sample on average, for %d samples; all rows for %d",
+            rows / certified,
+            certified,
+            whole,
+        )
+    return {"certified_samples": certified, "rows_formed": rows, "samples_formed_whole": whole}
 
 
 def _work(

@@ -18,19 +18,9 @@ from torch import Tensor
 
 from grads_dist.stats.head_request import HeadRequest, HeadResult, LogitTransform
 from grads_dist.stats.head_sketch import ChunkSketch
-from grads_dist.stats.ops import (
-    BatchGradient,
-    accumulation_dtype,
-    dense_row_stats,
-    outer_product_stats,
-    ragged_row_stats,
-)
+from grads_dist.stats.head_statistics import ChunkStatistics
+from grads_dist.stats.reference import accumulation_dtype
 from grads_dist.stats.segments import Segments
-from grads_dist.stats.statistics import Statistics
-
-BLOCK_BYTES = {"cpu": 1 << 20}
-"""Size of the block of one sample's head gradient that exists at a time: on CPU it stays in the cache."""
-DEFAULT_BLOCK_BYTES = 64 << 20
 
 
 def _chunks(segments: Segments, limit: int) -> Iterator[range]:
@@ -70,12 +60,6 @@ class HeadPass:
         """Whether the head's weight gradient is summed from the products that the statistics are taken of."""
         return self.request.with_stats and self.request.kept_ids is None
 
-    @property
-    def block_rows(self) -> int:
-        """Vocabulary rows of one block of a sample's gradient."""
-        size = BLOCK_BYTES.get(self.hidden.device.type, DEFAULT_BLOCK_BYTES)
-        return max(1, size // (self.hidden.shape[1] * self.dtype.itemsize))
-
     def allocate(self, need_hidden: bool, need_weight: bool, need_bias: bool) -> None:
         """Make room for the gradients that autograd asks for."""
         if need_hidden:
@@ -97,7 +81,7 @@ class HeadPass:
         vocab = self.weight.shape[0]
         logsumexp = None if fits else self._logsumexp(positions)
         block = vocab if fits else max(1, self.request.chunk_positions * vocab // _length(positions))
-        accumulated = _ChunkSums(self, positions, samples)
+        accumulated = ChunkSums(self, positions, samples)
         for start in range(0, vocab, block):
             rows = slice(start, min(start + block, vocab))
             accumulated.add(rows, self._logits(positions, rows), logsumexp)
@@ -124,8 +108,8 @@ def _length(positions: slice) -> int:
     return positions.stop - positions.start
 
 
-class _ChunkSums:
-    """Loss, el2n, gradients and statistics of one chunk, summed over blocks of the vocabulary.
+class ChunkSums:
+    """Loss, el2n and gradients of one chunk, summed over blocks of the vocabulary.
 
     Gradients are kept without the factor 1 / n_i until the end.
     """
@@ -145,13 +129,12 @@ class _ChunkSums:
         scaled = weights * self.inverse_n
         self.weights = tuple(scaled.tolist())
         self.weight_m = scaled.to(pass_.dtype)[self.sample_m]
-        empty = Statistics.empty(len(self.segments), pass_.hidden.device)
-        self.stats, self.rest, self.bias_stats = empty, empty, empty
-        self.kept_rows: list[list[Tensor]] = [[] for _ in samples]
+        self.statistics = ChunkStatistics(pass_, self) if pass_.request.with_stats else None
         wanted = pass_.request.projections
         self.sketch = None if wanted is None else ChunkSketch(wanted, pass_.weight.shape[0], self.nll)
 
     def add(self, rows: slice, logits: Tensor, logsumexp: Tensor | None) -> None:
+        """Take in the logits of the vocabulary rows `rows`, which are overwritten."""
         logsumexp = logits.logsumexp(1) if logsumexp is None else logsumexp
         own = ((self.targets >= rows.start) & (self.targets < rows.stop)).nonzero().squeeze(1)
         columns = self.targets[own] - rows.start
@@ -164,8 +147,8 @@ class _ChunkSums:
         d_mv[own, columns] -= 1
         if slope is not None:
             d_mv.mul_(slope)
-        if self.p.request.with_stats:
-            self._add_stats(rows, d_mv)
+        if self.statistics is not None:
+            self.statistics.add(rows, d_mv)
         if self.sketch is not None:
             self.sketch.add(rows, d_mv)
         self._add_gradients(rows, d_mv)
@@ -184,39 +167,6 @@ class _ChunkSums:
         if p.grad_bias is not None:
             p.grad_bias[rows] += self.weight_m @ d_mv
 
-    def _add_stats(self, rows: slice, d_mv: Tensor) -> None:
-        if self.p.bias is not None:
-            bias_gradient = torch.segment_reduce(
-                d_mv, "sum", lengths=self.segments.lengths_tensor(d_mv.device), axis=0
-            )
-            self.bias_stats = self.bias_stats.merge(dense_row_stats(bias_gradient))
-        step = self.p.block_rows
-        for start in range(rows.start, rows.stop, step):
-            block = slice(start, min(start + step, rows.stop))
-            columns = slice(block.start - rows.start, block.stop - rows.start)
-            self._add_block_stats(block, d_mv[:, columns])
-
-    def _add_block_stats(self, block: slice, d_mv: Tensor) -> None:
-        if self.p.request.kept_ids is None:
-            gradient = None
-            if self.p.grad_weight is not None:
-                gradient = BatchGradient(self.p.grad_weight[block], self.weights)
-            found = outer_product_stats(d_mv, self.hidden, self.segments, gradient)
-            self.stats = self.stats.merge(found)
-            return
-        rest, kept = [], []
-        for i, sample in enumerate(self.samples):
-            ids = self.p.request.kept_ids[sample]
-            ids = ids[(ids >= block.start) & (ids < block.stop)] - block.start
-            rows = slice(self.segments.offsets[i], self.segments.offsets[i + 1])
-            rest_stats, kept_rows = _split_rows(d_mv[rows], self.hidden[rows], ids)
-            rest.append(rest_stats)
-            kept.append(ragged_row_stats(kept_rows, Segments((len(ids),))))
-            self.kept_rows[i].append(kept_rows)
-        rest_of_block = Statistics.concatenate(rest)
-        self.rest = self.rest.merge(rest_of_block)
-        self.stats = self.stats.merge(rest_of_block).merge(Statistics.concatenate(kept))
-
     def finish(self) -> None:
         """Hand the chunk's sums to the pass' result."""
         result, samples = self.p.result, slice(self.samples.start, self.samples.stop)
@@ -229,26 +179,5 @@ class _ChunkSums:
         if self.sketch is not None:
             found = self.sketch.finish(self.hidden, self.segments) * scale[:, None, None]
             result.sketch = found if result.sketch is None else torch.cat([result.sketch, found])
-        if not self.p.request.with_stats:
-            return
-        result.weight_stats = _append(result.weight_stats, self.stats.scaled(scale))
-        if self.p.bias is not None:
-            result.bias_stats = _append(result.bias_stats, self.bias_stats.scaled(scale))
-        if self.p.request.kept_ids is not None:
-            result.rest_stats = _append(result.rest_stats, self.rest.scaled(scale))
-            kept = [torch.cat(rows) * n for rows, n in zip(self.kept_rows, scale, strict=True)]
-            result.kept_rows += [rows.to(self.p.dtype) for rows in kept]
-
-
-def _split_rows(d_nv: Tensor, hidden_nD: Tensor, ids: Tensor) -> tuple[Statistics, Tensor]:
-    """Statistics of one sample's gradient block without the rows `ids`, and those rows."""
-    others = torch.ones(d_nv.shape[1], dtype=torch.bool, device=d_nv.device)
-    others[ids] = False
-    kept_rows = d_nv[:, ids].t() @ hidden_nD
-    if len(ids) == d_nv.shape[1]:
-        return Statistics.empty(1, d_nv.device), kept_rows
-    return outer_product_stats(d_nv[:, others], hidden_nD, Segments((d_nv.shape[0],))), kept_rows
-
-
-def _append(before: Statistics | None, more: Statistics) -> Statistics:
-    return more if before is None else Statistics.concatenate([before, more])
+        if self.statistics is not None:
+            self.statistics.finish(scale)

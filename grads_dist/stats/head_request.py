@@ -86,5 +86,11 @@ class HeadResult:
     """With `kept_ids`: the rows of G at those ids, one [len(ids), D] tensor a sample."""
     sketch: Tensor | None = None
     """With `projections`: the sketch of the head's gradient [S, k, k]."""
+    rows_formed: int = 0
+    """Rows of G that were formed for samples whose extremes a bound vouches for (certificate.py)."""
+    num_certified: int = 0
+    """How many such samples there were."""
+    num_formed_whole: int = 0
+    """Samples whose G was formed although no weight gradient was wanted of it."""
     factors: Tensor | None = None
     """Set by the backward pass: what each sample's loss was multiplied by on its way to the gradients [S]."""

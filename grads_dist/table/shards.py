@@ -80,6 +80,8 @@ class ScoreShards:
         self._parts: list[dict[str, np.ndarray]] = []
         self.num_rows = 0
         self.num_nonfinite = 0
+        self.head_counts = np.zeros(3, dtype=np.int64)
+        """Samples whose head statistics a bound vouched for, rows formed for them, samples formed whole."""
 
     def add(self, batch: RowBatch, head: HeadResult, stats: dict[str, Statistics], step: int) -> np.ndarray:
         """Add the rows of one micro-batch; returns the mean over targets of their log gradient norms [S],
@@ -97,6 +99,7 @@ class ScoreShards:
         self._parts.append(columns)
         self.num_nonfinite += int((~columns["finite"]).sum())
         self.num_rows += len(batch.rows)
+        self.head_counts += (head.num_certified, head.rows_formed, head.num_formed_whole)
         with np.errstate(divide="ignore", invalid="ignore"):
             signal = np.mean([np.log(columns[f"{target}.norm"]) for target in stats], axis=0)
         return np.where(columns["finite"], signal, np.nan)

@@ -1,0 +1,128 @@
+"""An LM head's statistics without its gradient: equal to those of the gradient."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from test_oracle import assert_equal, probe
+from tiny import Rows, tiny_model
+
+from grads_dist.stats import certificate, head_statistics
+from grads_dist.stats.certificate import certified_statistics, pays
+
+V, D, N = 3000, 64, 20
+
+
+def problem(scale=2.0, dtype=torch.float32, n=N):
+    """Softmax minus one-hot of a random head, hidden states, targets."""
+    torch.manual_seed(0)
+    hidden = torch.randn(n, D, dtype=dtype) * torch.rand(D, dtype=dtype)
+    logits = scale * hidden @ torch.randn(D, V, dtype=dtype) / D**0.5
+    targets = torch.distributions.Categorical(logits=logits).sample()
+    targets[1] = targets[0]  # two positions that are to predict the same token
+    b = logits.softmax(1)
+    b[torch.arange(n), targets] -= 1
+    return b, hidden, targets
+
+
+def assert_exact(found, g):
+    assert found is not None
+    assert found.sumsq.item() == pytest.approx(g.square().sum().item(), rel=2e-7)
+    assert found.low.item() == pytest.approx(g.min().item(), rel=1e-5)
+    assert found.high.item() == pytest.approx(g.max().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.3, 2.0, 8.0])
+def test_equals_the_formed_gradient(scale):
+    b, a, targets = problem(scale)
+    before = b.clone()
+    found = certified_statistics(b, a, targets)
+    assert torch.equal(b, before)
+    assert_exact(found, b.double().t() @ a.double())
+    assert found.rows_formed < V / 4
+
+
+def test_skipped_rows_have_no_part_in_it():
+    """Those with the extremes, and targets, are among them."""
+    b, a, targets = problem()
+    before, g = b.clone(), b.double().t() @ a.double()
+    extreme = torch.stack([g.amax(1).argmax(), g.amin(1).argmin()])
+    skipped = torch.unique(torch.cat([targets[:4], extreme, torch.tensor([5, 9])]))
+    found = certified_statistics(b, a, targets, skipped)
+    assert torch.equal(b, before)
+    others = torch.ones(V, dtype=torch.bool)
+    others[skipped] = False
+    assert_exact(found, g[others])
+    assert g[others].abs().max() < g.abs().max()
+
+
+def test_no_element_exceeds_its_rows_bound():
+    for scale in (0.3, 4.0):
+        b, a, _ = problem(scale)
+        largest = (b.double().t() @ a.double()).abs().amax(1)
+        assert (certificate._bounds(b, a) >= largest).all()
+
+
+def test_a_gradient_without_small_rows_is_not_certified():
+    """Every row may hold the extremes: the bound says nothing."""
+    b, a = torch.randn(N, V), torch.randn(N, D)
+    assert certified_statistics(b, a, torch.randint(0, V, (N,))) is None
+
+
+@pytest.mark.parametrize("scale", [0.3, 2.0])
+def test_rows_are_formed_until_it_is_certain(monkeypatch, scale):
+    monkeypatch.setattr(certificate, "FIRST_ROWS", 1)
+    b, a, targets = problem(scale)
+    found = certified_statistics(b, a, targets)
+    assert_exact(found, b.double().t() @ a.double())
+    assert found.rows_formed > 1
+
+
+def test_what_is_not_finite_is_not_vouched_for():
+    for bad in (torch.nan, torch.inf):
+        b, a, targets = problem()
+        b[3, 7] = bad
+        found = certified_statistics(b, a, targets)
+        assert found is None or not found.sumsq.isfinite()
+
+
+def test_it_pays_for_large_vocabularies_and_short_samples():
+    assert pays(50, 32000, 4096) and pays(100, 8192, 256)
+    assert not pays(50, 500, 4096) and not pays(5000, 32000, 2048) and not pays(50, 32000, 64)
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """Certify at toy size."""
+    monkeypatch.setattr(head_statistics, "pays", lambda n, vocab, dim: True)
+    monkeypatch.setattr(certificate, "FIRST_ROWS", 8)
+    monkeypatch.setattr(certificate, "LARGEST_SHARE", 0.9)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "qwen2"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_whole_models(always, architecture, frozen):
+    """Plain, tied, and soft-capped heads. In training only the tied ones need no product of their own."""
+    model = tiny_model(architecture, vocab_size=301).double()
+    rows = Rows.random(5, vocab=301)
+    tied = architecture in ("gpt2", "gemma2")
+    wanted = ["embedding", "lm_head", *(["tied"] if tied else [])]
+    ours = copy.deepcopy(model).requires_grad_(not frozen)
+    stats, targets, probed = probe(ours, rows, wanted)
+    assert_equal(stats, targets, model, rows)
+    result = probed.head_result
+    counted = result.num_certified + result.num_formed_whole
+    assert counted == (5 if frozen or tied else 0)
+    if counted:
+        assert result.num_certified > 0 and result.rows_formed >= 8 * result.num_certified
+
+
+def test_head_with_a_bias(always):
+    model = tiny_model("llama", vocab_size=301).double()
+    model.lm_head = torch.nn.Linear(16, 301).double()
+    rows = Rows.random(4, vocab=301)
+    stats, targets, probed = probe(copy.deepcopy(model).requires_grad_(False), rows, ["lm_head"])
+    assert_equal(stats, targets, model, rows)
+    assert probed.head_result.num_certified
