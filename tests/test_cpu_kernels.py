@@ -275,6 +275,15 @@ def test_operator_keeps_torchs_contract(name):
     torch.library.opcheck(ops._row_sums, (b, None, None, torch.tensor([0, 3, 8]), [2, 0], 0, 0.0, name))
 
 
+@needs_kernels
+def test_a_library_of_other_sources_is_not_used(monkeypatch, caplog):
+    """Its structures may differ, which would crash."""
+    monkeypatch.setattr(native, "ABI", -1)
+    with caplog.at_level(logging.WARNING, logger=native.__name__):
+        assert native.library.__wrapped__() is None
+    assert "install grads_dist again" in caplog.text
+
+
 @pytest.fixture
 def fresh_choice():
     backend._choose.cache_clear()

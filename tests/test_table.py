@@ -14,6 +14,7 @@ import torch
 from grads_dist.errors import DataError
 from grads_dist.runtime.rundir import RunDir
 from grads_dist.stats import ops
+from grads_dist.stats.head_request import HeadResult
 from grads_dist.stats.targets import Targets
 from grads_dist.table.merge import merge_features, merge_scores
 from grads_dist.table.shards import FeatureShards, ScoreShards
@@ -52,7 +53,7 @@ def write_scores(rundir: RunDir, store: Any, shards: list[list[int]]) -> None:
     writer = ScoreShards(rundir.scores_dir, store, TARGETS)
     for k, rows in enumerate(shards):
         losses = torch.tensor([row + 0.5 for row in rows])
-        head: Any = SimpleNamespace(losses=losses, el2n=losses / 2)
+        head = HeadResult(losses=losses, el2n=losses / 2)
         writer.add(micro_batch(rows), head, {"head": ops.dense_row_stats(gradients(rows))}, step=k)
         writer.flush(f"{k:06d}")
 
@@ -138,7 +139,7 @@ def test_rows_with_a_nonfinite_gradient_are_marked(rundir, store, bad):
     writer = ScoreShards(rundir.scores_dir, store, TARGETS)
     g = gradients([0, 1])
     g[1, 2] = bad
-    head: Any = SimpleNamespace(losses=torch.ones(2), el2n=torch.ones(2))
+    head = HeadResult(losses=torch.ones(2), el2n=torch.ones(2))
     signal = writer.add(micro_batch([0, 1]), head, {"head": ops.dense_row_stats(g)}, step=0)
     writer.flush("000000")
     table = pq.read_table(rundir.scores_dir / "shard-000000.parquet")
@@ -149,7 +150,7 @@ def test_rows_with_a_nonfinite_gradient_are_marked(rundir, store, bad):
 
 def test_a_row_with_a_nonfinite_loss_is_marked(rundir, store):
     writer = ScoreShards(rundir.scores_dir, store, TARGETS)
-    head: Any = SimpleNamespace(losses=torch.tensor([torch.nan, 1.0]), el2n=torch.ones(2))
+    head = HeadResult(losses=torch.tensor([torch.nan, 1.0]), el2n=torch.ones(2))
     writer.add(micro_batch([0, 1]), head, {"head": ops.dense_row_stats(gradients([0, 1]))}, step=0)
     writer.flush("000000")
     table = pq.read_table(rundir.scores_dir / "shard-000000.parquet")

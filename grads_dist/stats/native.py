@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Sequence
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -10,6 +11,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+ABI = 1
+"""GD_ABI of api.h: a library of another number has other structures."""
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 """Types that the kernels read as they are, with their numbers in api.h."""
@@ -67,12 +73,15 @@ class _RowSums(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The library that setup.py built beside the package, or None where there is none."""
+    """The library that setup.py built beside the package, or None where there is none that fits."""
     folder = Path(__file__).parent.parent
     for suffix in EXTENSION_SUFFIXES:
         path = folder / f"_cpu_kernels{suffix}"
         if path.is_file():
             found = ctypes.CDLL(str(path))
+            if not hasattr(found, "gd_cpu_abi") or found.gd_cpu_abi() != ABI:
+                log.warning("%s was built from other sources and is not used: install grads_dist again", path)
+                return None
             found.gd_cpu_variants.restype = ctypes.c_char_p
             return found
     return None

@@ -9,6 +9,9 @@
 extern "C" {
 #endif
 
+// Changes with every structure below; native.py refuses a library of another number.
+#define GD_ABI 1
+
 enum { GD_OK = 0, GD_NO_MEMORY = 1, GD_NO_SUCH_VARIANT = 2 };
 enum { GD_FLOAT32 = 0, GD_BFLOAT16 = 1 };
 
@@ -58,6 +61,8 @@ typedef struct {
   int32_t type;
   int32_t num_threads;
 } gd_row_sums;
+
+GD_EXPORT int gd_cpu_abi(void);
 
 // Names of the variants that this build holds and this machine runs, best first, separated by spaces.
 GD_EXPORT const char* gd_cpu_variants(void);

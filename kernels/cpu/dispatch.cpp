@@ -45,6 +45,8 @@ const Variant kVariants[] = {
 
 extern "C" {
 
+int gd_cpu_abi(void) { return GD_ABI; }
+
 const char* gd_cpu_variants(void) {
   static char names[64];
   if (names[0] == 0) {
