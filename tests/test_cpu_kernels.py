@@ -87,9 +87,15 @@ def test_any_shape(variant, lengths, num_b, num_a, dtype):
     assert_as_good_as_reference(found, b, a, lengths)
 
 
+@pytest.fixture
+def eager_threads(monkeypatch):
+    """Threads for any amount of work."""
+    monkeypatch.setattr(native, "WORK_OF_A_THREAD", 1)
+
+
 @needs_kernels
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_bits_depend_on_the_sample_alone(variant):
+def test_bits_depend_on_the_sample_alone(variant, eager_threads):
     """Not on its neighbours, its place, the number of samples or of threads, nor on a batch gradient."""
     lengths = [5, 600, 0, 64, 129, 300, 1, 31]
     b, a = draw(lengths, 37, 53)
@@ -236,7 +242,7 @@ def test_sums_of_rows(variant, dtype, norm, num_cols, ordered):
 
 @needs_kernels
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_sums_of_rows_depend_on_the_sample_alone(variant):
+def test_sums_of_rows_depend_on_the_sample_alone(variant, eager_threads):
     b, x = draw([60], 21, 21)
     before = torch.get_num_threads()
     found = []

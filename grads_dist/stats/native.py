@@ -20,6 +20,11 @@ ABI = 1
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 """Types that the kernels read as they are, with their numbers in api.h."""
 
+WORK_OF_A_THREAD = 1_000_000
+"""Multiplications that take about as long as it takes to start a thread on them: 20 microseconds."""
+WORK_OF_AN_ELEMENT = 16
+"""What summing an element costs, which is bound by memory, in such multiplications."""
+
 
 class _OuterProduct(ctypes.Structure):
     """gd_outer_product of api.h."""
@@ -131,7 +136,7 @@ def outer_product_stats(
         ld_total=0 if total_PD is None else total_PD.stride(0),
         weights=_pointer(factors),
         type=TYPES[b_NP.dtype],
-        num_threads=torch.get_num_threads(),
+        num_threads=_num_threads(b_NP.numel() * a_ND.shape[1]),
     )
     _call("gd_cpu_outer_product_stats", variant, query)
     return found.tensors()
@@ -181,7 +186,7 @@ def row_sum_stats(
         eps=eps,
         norm=norm,
         type=TYPES[b_ND.dtype],
-        num_threads=torch.get_num_threads(),
+        num_threads=_num_threads(WORK_OF_AN_ELEMENT * b_ND.numel()),
     )
     _call("gd_cpu_row_sum_stats", variant, query)
     return found.tensors()
@@ -199,6 +204,11 @@ class _Results:
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.sum, self.sumsq, self.low.double(), self.high.double()
+
+
+def _num_threads(work: int) -> int:
+    """As many as torch uses, where each has enough to do to be worth waking."""
+    return max(1, min(torch.get_num_threads(), work // WORK_OF_A_THREAD))
 
 
 def _offsets(lengths: Sequence[int]) -> Tensor:
