@@ -4,10 +4,11 @@
     python benchmarks/bench_kernels.py --smoke    a few seconds, to see that it works
 
 All ways run on the same tensors in turns, in an order drawn anew for each repetition; ratios are to
-`weight-gradient`, the product B^T A of the whole batch, in the same repetition. Before anything is timed, their
-results are compared. `statistics` is the kernel alone, `shared` the kernel with the weight gradient from the
-same tiles; `reference` and `reference-shared` are the same in torch; `bmm` forms all samples' gradients at once,
-padded, and `vmap` the same through torch.func; both are left out where they would need more than --max-mib.
+`weight-gradient`, the product B^T A of the whole batch, in the same repetition. Before anything is timed,
+their results are compared. `statistics` is the kernel alone, `shared` the kernel with the weight gradient
+from the same tiles; `reference` and `reference-shared` are the same in torch; `bmm` forms all samples'
+gradients at once, padded, and `vmap` the same through torch.func; both are left out where they would need
+more memory than --max-mib.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from grads_dist.stats import native, reference
 
 COLUMNS = (
     "way type tokens_per_sample num_samples ragged num_b num_a seconds_median gflops ratio_median ratio_p25 "
-    "ratio_p75 ratio_min ratio_max repeats variant device threads cpu_model torch deepspeed transformers commit date"
+    "ratio_p75 ratio_min ratio_max repeats variant device threads cpu_model torch deepspeed transformers "
+    "commit date"
 ).split()
 TABLE = "way type tokens_per_sample num_samples gflops ratio_median ratio_p25 ratio_p75".split()
 BASE = "weight-gradient"

@@ -6,11 +6,17 @@ import copy
 
 import pytest
 import torch
-from test_oracle import assert_equal, probe
-from tiny import Rows, tiny_model
+from test_oracle import assert_equal, double, expected, kinds_of, probe
+from tiny import Rows, five, tiny_model
 
-from grads_dist.stats import certificate, head_statistics
+from grads_dist.model.anatomy import dissect
+from grads_dist.model.probed import ProbedModel
+from grads_dist.probe.batches import collate
+from grads_dist.stats import certificate, head_statistics, ops
 from grads_dist.stats.certificate import certified_statistics, pays
+from grads_dist.stats.recorder import Recorder
+from grads_dist.stats.segments import Segments
+from grads_dist.stats.targets import resolve_targets
 
 V, D, N = 3000, 64, 20
 
@@ -126,3 +132,44 @@ def test_head_with_a_bias(always):
     stats, targets, probed = probe(copy.deepcopy(model).requires_grad_(False), rows, ["lm_head"])
     assert_equal(stats, targets, model, rows)
     assert probed.head_result.num_certified
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "gemma2"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_moments_alone(architecture, frozen):
+    """Sums, squares and what follows from them are right, minimum and maximum unknown."""
+    model = double(tiny_model(architecture))
+    rows = Rows.random(6, longest=24)
+    anatomy = dissect(ours := copy.deepcopy(model).requires_grad_(not frozen))
+    targets = resolve_targets(kinds_of(model), anatomy)
+    recorder = Recorder(anatomy, targets, extremes=False)
+    probed = ProbedModel(anatomy, recorder, 1 << 20)
+    probed.fuse_head()
+    batch = collate(rows, range(6), [1.0] * 6, torch.device("cpu"), anatomy.head_counts)
+    with recorder.batch(batch.layout):
+        probed(batch, record=True).backward()
+    found = recorder.finish(probed.head_result)
+    assert any(len(ids) > 16 * 16 / 32 for ids in rows.ids)  # some products are formed, some are not
+    for target, names in targets.members.items():
+        stats = found[target]
+        assert stats.min.isnan().all() and stats.max.isnan().all() and not stats.nonfinite.any()
+        for i in range(6):
+            gradients = expected(model, rows, i)
+            truth = five([gradients[name] for name in names])
+            assert stats.sumsq[i].item() == pytest.approx(truth["sumsq"], rel=1e-5, abs=1e-20), target
+            # A first token attends to itself alone: the gradient of its query is rounding.
+            bound = 5e-6 * max(truth["norm"], 1e-8) * targets.numel[target] ** 0.5
+            assert stats.sum[i].item() == pytest.approx(truth["sum"], abs=bound), target
+    assert ours is anatomy.model
+
+
+def test_moments_find_what_is_not_finite_and_what_vanishes():
+    segments = Segments((3, 4, 5, 0))
+    b, a = torch.randn(12, 20), torch.randn(12, 30)
+    b[1, 2] = torch.nan
+    b[7:] *= 1e-25
+    found = ops.outer_product_moments(b, a, segments)
+    assert found.nonfinite.tolist() == [30, 0, 0, 0]
+    parts = zip(b.double().split([3, 4, 5, 0]), a.double().split([3, 4, 5, 0]), strict=True)
+    exact = torch.stack([(x.t() @ y).square().sum() for x, y in parts])
+    torch.testing.assert_close(found.sumsq[1:], exact[1:], rtol=1e-5, atol=0)

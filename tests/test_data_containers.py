@@ -229,6 +229,16 @@ def test_broken_records_cost_only_their_line(tmp_path: Path) -> None:
     assert "unexpected end of data" in reasons[4]
 
 
+def test_a_quote_that_nothing_closes_costs_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'prompt,completion\na,b\n"open,c\nd,e\n\nf,g\n')
+    corpus = open_corpus(tmp_path, path)
+    first, broken, *others = contents(corpus)
+    assert isinstance(broken, Broken) and "record at byte 22: unexpected end of data" in broken.reason
+    assert [row["completion"] for row in (first, *others)] == ["b", "e", "g"]
+    assert corpus.write_subset(np.array([2, 3]), tmp_path).read_bytes() == b"prompt,completion\nd,e\nf,g\n"
+
+
 def test_fields_may_be_longer_than_pythons_limit(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(f"text\n{'x' * 200_000}\ny\n")
     assert [len(row["text"]) for row in contents(open_corpus(tmp_path, tmp_path / "a.csv"))] == [200_000, 1]
@@ -286,6 +296,23 @@ def test_tables_that_cannot_be_used(tmp_path: Path) -> None:
         open_corpus(tmp_path, tmp_path / "c.arrow")
 
 
+def test_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet' has two columns 'text'"):
+        open_corpus(tmp_path, tmp_path / "a.parquet")
+
+
+def test_subset_of_types_that_cannot_be_gathered(tmp_path: Path) -> None:
+    """As Polars writes text."""
+    table = pa.table({"text": pa.array(["a", "b" * 20, None, "d"], pa.string_view())})
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    corpus = open_corpus(tmp_path, tmp_path / "a.arrow")
+    subset = pq.read_table(corpus.write_subset(np.array([1, 3]), tmp_path))
+    assert subset.column("text").to_pylist() == ["b" * 20, "d"]
+
+
 # Several kinds
 
 
@@ -334,6 +361,29 @@ def test_tables_beside_other_files_must_fit_into_json(tmp_path: Path) -> None:
         open_corpus(tmp_path, [tmp_path / "a.jsonl", tmp_path / "b.parquet"])
 
 
+def test_links_of_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "data"
+    write(folder, "jsonl", [{"text": "a"}])
+    write(tmp_path / "other", "jsonl", [{"text": "b"}])
+    (folder / "b.jsonl").symlink_to(tmp_path / "other" / "a.jsonl")
+    (folder / "linked").symlink_to(tmp_path / "other")
+    with caplog.at_level("INFO", "grads_dist"):
+        assert contents(open_corpus(tmp_path, folder)) == [{"text": "a"}, {"text": "b"}]
+    assert "not read: linked" in caplog.text
+    (folder / "c.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    with pytest.raises(ConfigError, match=r"c\.jsonl' is no file, or a link to none"):
+        open_corpus(tmp_path, folder)
+
+
+def test_a_broken_record_beside_other_kinds(tmp_path: Path) -> None:
+    write(tmp_path, "jsonl", [{"text": "a"}])
+    (tmp_path / "b.csv").write_text("text\nb\nc,d\n")
+    corpus = open_corpus(tmp_path, [tmp_path / "a.jsonl", tmp_path / "b.csv"])
+    assert corpus.write_subset(np.array([1]), tmp_path).read_text() == '{"text": "b"}\n'
+    with pytest.raises(DataError, match="a broken record cannot become a JSON line; 2 fields under a header"):
+        corpus.write_subset(np.array([1, 2]), tmp_path)
+
+
 def test_a_folder_without_rows_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "a.txt").write_text("a")
@@ -376,6 +426,8 @@ def test_folders_that_datasets_saved(tmp_path: Path) -> None:
         ),
         ("one", {"split": "train"}, ConfigError, "data.split: 'train' is given, but '{}' has no splits"),
         ("lacking", {}, DataError, "data.path: '{}' lacks its file 'x.arrow'"),
+        ("escaping", {}, DataError, "data.path: '{}' lacks its file '../a.jsonl'"),
+        ("away", {}, DataError, "data.path: '{}/dataset_dict.json' names a split outside of it, '../one'"),
         ("old", {}, DataError, "data.path: '{}' keeps its rows' order apart; save it again"),
         ("void", {}, DataError, "data.path: '{}/state.json' names no files"),
         (
@@ -395,6 +447,8 @@ def test_dataset_folders_that_cannot_be_used(
         "one/state.json": {"_data_files": []},
         "void/state.json": {},
         "lacking/state.json": {"_data_files": [{"filename": "x.arrow"}]},
+        "escaping/state.json": {"_data_files": [{"filename": "../a.jsonl"}]},
+        "away/dataset_dict.json": {"splits": ["../one"]},
         "old/state.json": {"_data_files": [], "_indices_data_files": [{"filename": "indices.arrow"}]},
     }
     for file, state in states.items():

@@ -214,3 +214,12 @@ def test_cache_that_cannot_be_written_is_a_configuration_error(tmp_path: Path, l
     (tmp_path / "cache").write_text("a file is in the way")
     with pytest.raises(ConfigError, match=r"data\.cache_dir: .* cannot be written"):
         open_corpus(tmp_path, lines)
+
+
+def test_a_damaged_scan_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}')
+    config = DataConfig(str(tmp_path / "a.jsonl"), cache_dir=str(tmp_path / "cache"))
+    Corpus.open(config)
+    next((tmp_path / "cache" / "scans").glob("*/starts.i64")).unlink()
+    with pytest.raises(DataError, match=r"data\.cache_dir: .* is damaged \(.*\); delete it"):
+        Corpus.open(config)

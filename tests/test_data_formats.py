@@ -49,6 +49,14 @@ def test_columns_that_fit_no_format_are_named() -> None:
     )
 
 
+@pytest.mark.parametrize("mask", ["completion_mask", "assistant_masks"])
+def test_masks_that_would_not_be_read_are_refused(mask: str) -> None:
+    with pytest.raises(DataError, match=f"data.format: '{mask}' beside token ids is not read"):
+        resolve_format(config(), ["input_ids", mask])
+    assert resolve_format(config(), ["input_ids", "labels", mask]) == "tokens"
+    assert resolve_format(config(format="tokens"), ["input_ids", mask]) == "tokens"
+
+
 def test_explicit_format_needs_its_columns_in_a_schema_but_not_in_the_first_rows() -> None:
     assert resolve_format(config(format="messages"), ["text"]) == "messages"
     with pytest.raises(DataError, match="data.format: messages needs 'messages'; found: 'text'"):
@@ -74,9 +82,9 @@ def message(role: Any = "user", content: Any = "x", **rest: Any) -> dict[str, An
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
-        ([message(), message("robot")], f"unknown role 'robot' in messages[1]; {ALLOWED}"),
+        ([message(), message("robot")], f"unknown role 'robot' in messages[1]; {ALLOWED} (data.roles maps)"),
         ([message(None)], f"no role in messages[0]; {ALLOWED}"),
-        ([message(["user"])], f"unknown role ['user'] in messages[0]; {ALLOWED}"),
+        ([message(["user"])], f"unknown role ['user'] in messages[0]; {ALLOWED} (data.roles maps)"),
         ([{"content": "x"}], f"no role in messages[0]; {ALLOWED}"),
         ([message(content=None)], "messages[0].content is null, not text"),
         ([message(content=float("nan"))], "messages[0].content is a number (nan), not text"),
@@ -103,6 +111,12 @@ def test_fields_without_a_value_are_dropped_and_calls_need_no_content() -> None:
     call = message("assistant", None, tool_calls=[{"name": "f"}], name=None)
     example = read_example({"messages": [call]}, config(), "messages")
     assert example == Chat([{"role": "assistant", "tool_calls": [{"name": "f"}]}])
+
+
+def test_an_empty_list_of_calls_is_absent() -> None:
+    row = {"messages": [{"role": "assistant", "content": "a", "tool_calls": []}]}
+    example = read_example(row, config(), "messages")
+    assert isinstance(example, Chat) and example.messages == [{"role": "assistant", "content": "a"}]
 
 
 def test_prompts_are_text_or_messages() -> None:
@@ -149,6 +163,16 @@ def test_bad_tokens(row: dict[str, Any], reason: str) -> None:
     with pytest.raises(RowError) as failure:
         read_example(row, config(), "tokens")
     assert failure.value.reason == reason
+
+
+def test_padding_must_neither_carry_loss_nor_precede_it() -> None:
+    row: dict[str, Any] = {"input_ids": [5, 6, 0], "attention_mask": [1, 1, 0]}
+    with pytest.raises(RowError, match=r"attention_mask\[2\] is 0; allowed: tokens without padding"):
+        read_example(row, config(), "tokens")
+    with pytest.raises(RowError, match=r"attention_mask\[0\] is 0"):
+        read_example({**row, "labels": [-100, 6, -100], "attention_mask": [0, 1, 1]}, config(), "tokens")
+    example = read_example({**row, "labels": [5, 6, -100]}, config(), "tokens")
+    assert isinstance(example, Tokens) and example.loss.tolist() == [True, True, False]
 
 
 def test_ids_are_text_and_default_to_the_row_number() -> None:

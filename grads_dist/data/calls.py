@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from functools import cached_property
@@ -26,21 +27,23 @@ class CallForm:
     @cached_property
     def _takes_text(self) -> bool:
         # Templates differ, and there is no way to tell but to try.
-        for arguments, takes_text in (({"x": "y"}, False), ('{"x": "y"}', True)):
-            call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": arguments}}
-            answer = {"role": "assistant", "tool_calls": [call]}
-            try:
+        return not self._renders({"x": "y"}) and self._renders('{"x": "y"}')
+
+    def _renders(self, arguments: Any) -> bool:
+        call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        # Some templates need a content beside the calls, others none.
+        for more in ({}, {"content": ""}):
+            answer = {"role": "assistant", "tool_calls": [call], **more}
+            with contextlib.suppress(RowError):
                 self._template.render([{"role": "user", "content": "0"}, answer])
-            except RowError:
-                continue
-            return takes_text
+                return True
         return False
 
 
 def check_tool_calls(render: Callable[..., str], messages: Messages) -> None:
     """Raise RowError where a message calls a function whose name is not in what it adds to the text."""
     for k, message in enumerate(messages):
-        names = _called(message, k)
+        names = called(message, k)
         if not names:
             continue
         before = render(messages[:k]) if k else ""
@@ -63,7 +66,7 @@ def common_prefix(first: str, second: str) -> int:
     return min(len(first), len(second))
 
 
-def _called(message: dict[str, Any], k: int) -> list[str]:
+def called(message: dict[str, Any], k: int) -> list[str]:
     """The names of the functions that a message calls."""
     calls = message.get("tool_calls") or []
     if not isinstance(calls, list):

@@ -10,44 +10,32 @@ import contextlib
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any, Literal
 
 import numpy as np
 
-from grads_dist.data.calls import CallForm, check_tool_calls, common_prefix
+from grads_dist.data.calls import CallForm, check_tool_calls
 from grads_dist.data.config import ROLES
 from grads_dist.data.example import Chat
 from grads_dist.data.rows import RowError
 from grads_dist.data.spans import Spans, tokenize_spans
 from grads_dist.data.template import ChatTemplate, Messages, Span
 from grads_dist.data.tokenizer import special_ids
+from grads_dist.data.turns import Render, Turn, check_prefix, check_said, check_trained, prefix_turns
 
 logger = logging.getLogger(__name__)
 
-Render = Callable[..., str]
-"""(messages, whether with the header that prompts an answer) -> text, with the tools of one conversation."""
 Method = Literal["generation", "prefix"]
 
+_NO_END = "a turn under the chat template has no end token: the model would not learn to stop"
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 def mask_method(template: str) -> Method:
     """How the assistant's tokens are found under this template."""
     return "generation" if _GENERATION_TAG.search(template) else "prefix"
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What an assistant's message adds to the text: characters `start` to `end`.
-
-    What it says itself ends at `text_end`: a special token before is its text, one after it ends the turn.
-    """
-
-    start: int
-    end: int
-    text_end: int
 
 
 class ChatEncoder:
@@ -77,15 +65,19 @@ class ChatEncoder:
         render = partial(self._template.render, tools=chat.tools)
         check_tool_calls(render, chat.messages)
         num_prompt = chat.num_prompt if completion_only else 0
+        check_trained(chat.messages, num_prompt)
         if not assistant_only:
             text = render(chat.messages)
             start = len(_prompt(render, text, chat.messages, num_prompt))
             spans = tokenize_spans(self._tokenizer, text, [start] if start else [])
-            return spans.ids, spans.within(start, len(text)) if start else np.ones(len(spans.ids), dtype=bool)
+            if not start:
+                return spans.ids, np.ones(len(spans.ids), dtype=bool)
+            return spans.ids, spans.within(start, len(text), self._special)
         if self.method == "generation":
             text, turns = self._generation_turns(render, chat, num_prompt)
         else:
-            text, turns = self._prefix_turns(render, chat.messages, num_prompt)
+            text = render(chat.messages)
+            turns = prefix_turns(render, text, chat.messages, num_prompt, self._special_texts)
         spans = tokenize_spans(
             self._tokenizer, text, (cut for turn in turns for cut in (turn.start, turn.end))
         )
@@ -98,7 +90,7 @@ class ChatEncoder:
     def _turn_tokens(
         self, spans: Spans, text: str, turn: Turn, openings: Callable[[], set[int]]
     ) -> np.ndarray:
-        inside = spans.within(turn.start, turn.end)
+        inside = spans.within(turn.start, turn.end, self._special)
         marked = np.flatnonzero(inside)
         if self.method == "generation":
             if turn.text_end == turn.end:
@@ -110,6 +102,8 @@ class ChatEncoder:
         if len(special) and not text[spans.ends[special[-1]] : turn.end].strip():
             # The line break that templates put after the end of a turn is theirs: nobody learns to say it.
             inside[special[-1] + 1 :] = False
+        if turn.text_end == turn.end:
+            self._warn_once(_NO_END)
         return inside
 
     def _turn_end(self, spans: Spans, text: str, after: int, openings: Callable[[], set[int]]) -> int:
@@ -122,9 +116,7 @@ class ChatEncoder:
                 return end + 1
             if token in self._special and token not in openings():
                 return end + 1
-        self._warn_once(
-            "a turn marked by the chat template has no end token: the model would not learn to stop"
-        )
+        self._warn_once(_NO_END)
         return after
 
     def _warn_once(self, message: str) -> None:
@@ -149,6 +141,7 @@ class ChatEncoder:
 
     def _generation_turns(self, render: Render, chat: Chat, num_prompt: int) -> tuple[str, list[Turn]]:
         text, marks = self._template.render_marked(chat.messages, chat.tools)
+        check_said(chat.messages, "".join(text[start:end] for start, end in marks))
         first = len(_prompt(render, text, chat.messages, num_prompt))
         turns = [
             Turn(start, end, start if is_closed else end)
@@ -169,59 +162,11 @@ class ChatEncoder:
                     text, marks = plain_text, plain_marks
         return [text[start:end].rstrip().endswith(self._special_texts) for start, end in marks]
 
-    def _prefix_turns(self, render: Render, messages: Messages, num_prompt: int) -> tuple[str, list[Turn]]:
-        text = render(messages)
-        turns = []
-        for k, message in enumerate(messages):
-            if k < num_prompt or message["role"] != "assistant":
-                continue
-            after = text if k + 1 == len(messages) else render(messages[: k + 1])
-            _check_prefix(text, after, k)
-            start = _turn_start(render, messages, k, after)
-            said = message.get("content", "").strip()
-            if _squeeze(said) not in _squeeze(after[start:]):
-                raise RowError("chat template", f"the chat template changes what messages[{k}] says")
-            found = after.find(said, start)
-            turns.append(Turn(start, len(after), start if found < 0 else found + len(said)))
-        return text, turns
-
-
-def _turn_start(render: Render, messages: Messages, k: int, after: str) -> int:
-    """Where message k begins in `after`, the text up to its end, behind the header of its turn."""
-    # Templates may look at the first message, so nothing is rendered where nothing precedes.
-    before = render(messages[:k], True) if k else ""
-    _check_prefix(after, before, k)
-    if k and before != render(messages[:k]):
-        return len(before)
-    # The template has no header to prompt with: it is what the turn of another answer begins with, too.
-    content = messages[k].get("content", "")
-    other = {"role": "assistant", "content": "1" if content.lstrip().startswith("0") else "0"}
-    common = common_prefix(after, render([*messages[:k], other]))
-    if common < len(before):
-        raise RowError("chat template", f"the text before messages[{k}] depends on what it says")
-    # The space before the first word belongs to that word's token.
-    return len(before) + len(after[len(before) : common].rstrip(" "))
-
 
 def _prompt(render: Render, text: str, messages: Messages, num_prompt: int) -> str:
     """What `text` says before the completion, with the header of the answer if it begins with one."""
     if not num_prompt:
         return ""
     prompt = render(messages[:num_prompt], messages[num_prompt]["role"] == "assistant")
-    _check_prefix(text, prompt, num_prompt)
+    check_prefix(text, prompt, num_prompt)
     return prompt
-
-
-def _check_prefix(text: str, prefix: str, k: int) -> None:
-    if not text.startswith(prefix):
-        raise RowError(
-            "chat template",
-            f"the turn messages[{k}] cannot be located: the chat template renders what comes before it "
-            "differently once it is there; allowed: a template whose text only grows, or one with "
-            "{% generation %} marks (data.chat_template)",
-        )
-
-
-def _squeeze(text: str) -> str:
-    """`text` without white space, which templates may trim."""
-    return "".join(text.split())

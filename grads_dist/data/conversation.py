@@ -107,8 +107,10 @@ def _role(tag: object, is_there: bool, where: str, config: DataConfig) -> str:
         role = config.roles.get(tag) or TAGS.get(tag, tag)
         if role in ROLES:
             return role
-    fault = f"unknown role {shorten(repr(tag))}" if is_there and tag is not None else "no role"
-    raise RowError("unknown role", f"{fault} in {where}; allowed: {', '.join(ROLES)}")
+    allowed = f"in {where}; allowed: {', '.join(ROLES)}"
+    if not is_there or tag is None:
+        raise RowError("unknown role", f"no role {allowed}")
+    raise RowError("unknown role", f"unknown role {shorten(repr(tag))} {allowed} (data.roles maps)")
 
 
 def _gather_calls(message: dict[str, Any]) -> None:
@@ -118,7 +120,10 @@ def _gather_calls(message: dict[str, Any]) -> None:
         del message["function_call"]
         message["tool_calls"] = [{"type": "function", "function": call}]
     calls = parsed(message.get("tool_calls"))
-    if isinstance(calls, list):
+    if calls == []:
+        # Files give every message the key; templates test for its presence.
+        del message["tool_calls"]
+    elif isinstance(calls, list):
         message["tool_calls"] = [_call(call) for call in calls]
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from grads_dist.data.records import BYTE_ORDER_MARK, LayoutError, read_slices
 from grads_dist.data.rows import Broken
+from grads_dist.errors import DataError
 
 _LONGEST_FIELD = 2**31 - 1
 
@@ -36,16 +37,7 @@ class CsvFile:
     def rows(self, start: int, stop: int, columns: list[str] | None) -> Iterator[dict[str, Any] | Broken]:
         """Rows `start` to `stop`; all columns, whatever `columns` asks for."""
         for begin, block in read_slices(self.path, self._starts, range(start + 1, stop + 1)):
-            where = f"{self.path.name}, record at byte {begin}"
-            try:
-                fields = _parse(block)
-            except (csv.Error, UnicodeDecodeError) as error:
-                yield Broken(f"broken CSV ({where}: {error})")
-                continue
-            if len(fields) == len(self.columns):
-                yield dict(zip(self.columns, fields, strict=True))
-            else:
-                yield Broken(f"{len(fields)} fields under a header of {len(self.columns)} ({where})")
+            yield self._row(begin, block)
 
     def records(self, rows: np.ndarray) -> Iterator[bytes]:
         """The original bytes of the sorted `rows`; each record ends with a line break."""
@@ -53,10 +45,25 @@ class CsvFile:
             yield _one_ending(block)
 
     def json_lines(self, rows: np.ndarray) -> Iterator[bytes]:
-        """The sorted `rows` as JSON objects of the same values, a line each."""
-        for row in rows.tolist():
-            for values in self.rows(row, row + 1, None):
-                yield json.dumps(values, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+        """The sorted `rows` as JSON objects of the same values, a line each.
+
+        Raises DataError for a row that cannot be read.
+        """
+        for begin, block in read_slices(self.path, self._starts, (rows + 1).tolist()):
+            values = self._row(begin, block)
+            if isinstance(values, Broken):
+                raise DataError(f"data.path: a broken record cannot become a JSON line; {values.reason}")
+            yield json.dumps(values, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+
+    def _row(self, begin: int, block: bytes) -> dict[str, Any] | Broken:
+        where = f"{self.path.name}, record at byte {begin}"
+        try:
+            fields = _parse(block)
+        except (csv.Error, UnicodeDecodeError) as error:
+            return Broken(f"broken CSV ({where}: {error})")
+        if len(fields) == len(self.columns):
+            return dict(zip(self.columns, fields, strict=True))
+        return Broken(f"{len(fields)} fields under a header of {len(self.columns)} ({where})")
 
     def _read_header(self) -> None:
         _, block = next(read_slices(self.path, self._starts, [0]))
@@ -75,7 +82,8 @@ class CsvFile:
 def record_starts(file: BinaryIO) -> Iterator[int]:
     """Where the header and each record starts, then where the last ends.
 
-    A record that cannot be parsed ends with its line, so that one of them does not cost the others.
+    A record that cannot be parsed ends with its line, so that one of them does not cost the others: with its
+    first line where a quote is never closed, which would reach to the end of the file.
     """
     csv.field_size_limit(_LONGEST_FIELD)
     lines = _Lines(file)
@@ -88,6 +96,8 @@ def record_starts(file: BinaryIO) -> Iterator[int]:
                 start = lines.position
         except csv.Error:
             yield start
+            if lines.is_at_end:
+                lines.go_behind_line(start)
             continue
         yield start
         return
@@ -100,6 +110,13 @@ class _Lines:
         self._file = file
         self.position = 3 if file.read(3) == BYTE_ORDER_MARK else 0
         file.seek(self.position)
+        self.is_at_end = False
+
+    def go_behind_line(self, start: int) -> None:
+        """Go on behind the line that begins at `start`."""
+        self._file.seek(start)
+        self.position = start + len(self._file.readline())
+        self.is_at_end = False
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -107,6 +124,7 @@ class _Lines:
     def __next__(self) -> str:
         line = self._file.readline()
         if not line:
+            self.is_at_end = True
             raise StopIteration
         self.position += len(line)
         return line.decode("latin-1")

@@ -16,6 +16,8 @@ _IN_MESSAGES = ("role", "content")
 """What `data.columns` names inside a message, which is no column."""
 _PREFERENCES = (("chosen", "rejected"), ("prompt", "completion", "label"), ("kto_tag",))
 """Columns of preference data, as TRL's and LLaMA-Factory's formats have them."""
+_MASKS = ("completion_mask", "assistant_masks", "loss_mask")
+"""Columns that say of token ids which carry loss, beside labels."""
 
 
 def resolve_formats(config: DataConfig, corpus: Corpus) -> list[RowFormat]:
@@ -76,6 +78,8 @@ def _resolve(config: DataConfig, columns: list[str], is_schema: bool, where: str
             f"data.format: no format fits the columns of the first rows{where}; found: {found}; "
             f"allowed: {allowed} (data.columns renames)"
         )
+    if chosen == ["tokens"] and config.column("labels") not in columns:
+        _check_masks(columns, where)
     if len(fitting) > 1:
         logger.info("the columns%s fit %s; the rows are read as %s", where, " and ".join(fitting), chosen[0])
     return chosen[0]
@@ -95,6 +99,15 @@ def _check_preference(columns: list[str], where: str) -> None:
                 f"data.format: the columns {', '.join(names)}{where} are preferences, which have no single "
                 "answer to learn; allowed: the good answers alone, as by data.columns {completion: chosen} "
                 "or {messages: chosen}, or a data.format that is set"
+            )
+
+
+def _check_masks(columns: list[str], where: str) -> None:
+    for name in _MASKS:
+        if name in columns:
+            raise DataError(
+                f"data.format: {name!r} beside token ids{where} is not read, so that every token would carry "
+                "loss; allowed: labels with -100, or data.format: tokens for loss on every token"
             )
 
 

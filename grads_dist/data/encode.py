@@ -14,7 +14,7 @@ from grads_dist.data.example import Chat, Completion, Example, Text, Tokens
 from grads_dist.data.formats import CHATS, RowFormat, read_example
 from grads_dist.data.rows import RowError
 from grads_dist.data.spans import tokenize_spans
-from grads_dist.data.tokenizer import TokenizerSource, find_template, load_tokenizer
+from grads_dist.data.tokenizer import TokenizerSource, find_template, load_tokenizer, special_ids
 from grads_dist.errors import ConfigError
 
 _NO_TEMPLATE = (
@@ -67,10 +67,12 @@ class RowEncoder:
         self._chat: ChatEncoder | None = None
         self._head: list[int] = []
         self._tail: list[int] = []
+        self._special = np.zeros(0, dtype=np.int64)
         if self._formats == ["tokens"]:
             return
         self.tokenizer = load_tokenizer(encoding.source)
         self._head, self._tail = _text_frame(self.tokenizer)
+        self._special = np.array(sorted(special_ids(self.tokenizer)), dtype=np.int64)
         if any(name in (*CHATS, "prompt_completion") for name in self._formats):
             self.template = find_template(self.tokenizer, self._config.chat_template)
         if self.template is not None:
@@ -119,7 +121,7 @@ class RowEncoder:
         """`text` between a document's special tokens; characters from `start` on and the end carry loss."""
         spans = tokenize_spans(self.tokenizer, text, [start])
         # A token across the start says a part of what is to be learned.
-        loss = (spans.starts >= start) | (spans.ends > start)
+        loss = spans.within(start, len(text) + 1, self._special)
         head = [] if len(spans.ids) and spans.ids[:1].tolist() == self._head else self._head
         tail = [] if len(spans.ids) and spans.ids[-1:].tolist() == self._tail else self._tail
         ids = np.concatenate([np.array(head, dtype=np.int64), spans.ids, np.array(tail, dtype=np.int64)])

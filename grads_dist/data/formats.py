@@ -27,7 +27,7 @@ OPTIONAL: dict[RowFormat, tuple[str, ...]] = {
     "alpaca": ("input", "system", "history", "tools"),
     "prompt_completion": ("tools",),
     "text": (),
-    "tokens": ("labels",),
+    "tokens": ("labels", "attention_mask"),
 }
 CHATS: tuple[RowFormat, ...] = ("messages", "sharegpt", "alpaca")
 """The formats whose rows are always conversations."""
@@ -83,8 +83,15 @@ def _tokens(row: dict[str, Any], config: DataConfig) -> Tokens:
     input_ids = _integers(column(row, name), name)
     labels = row.get(label_name)
     if labels is None or labels == "":
-        return Tokens(input_ids, np.ones(len(input_ids), dtype=bool))
-    labels = _integers(labels, label_name)
+        loss = np.ones(len(input_ids), dtype=bool)
+    else:
+        loss = _label_loss(input_ids, name, _integers(labels, label_name), label_name)
+    _check_padding(row, loss)
+    return Tokens(input_ids, loss)
+
+
+def _label_loss(input_ids: np.ndarray, name: str, labels: np.ndarray, label_name: str) -> np.ndarray:
+    """bool[len(input_ids)]: which tokens the labels give loss."""
     if len(labels) != len(input_ids):
         raise RowError("labels", f"{label_name} has {len(labels)} entries, {name} has {len(input_ids)}")
     wrong = np.flatnonzero((labels != input_ids) & (labels != IGNORED_LABEL))
@@ -95,7 +102,18 @@ def _tokens(row: dict[str, Any], config: DataConfig) -> Tokens:
             f"{label_name}[{k}] is {labels[k]} but {name}[{k}] is {input_ids[k]}; "
             f"allowed: the token itself or {IGNORED_LABEL} (labels are not shifted)",
         )
-    return Tokens(input_ids, labels != IGNORED_LABEL)
+    return labels != IGNORED_LABEL
+
+
+def _check_padding(row: dict[str, Any], loss: np.ndarray) -> None:
+    """Raise RowError for padding that would carry loss, or stand before what does and be seen by it."""
+    value = row.get("attention_mask")
+    if value is None or value == "" or not loss.any():
+        return
+    is_padding = _integers(value, "attention_mask")[: int(np.flatnonzero(loss)[-1]) + 1] == 0
+    if is_padding.any():
+        k = int(np.flatnonzero(is_padding)[0])
+        raise RowError("padding", f"attention_mask[{k}] is 0; allowed: tokens without padding")
 
 
 def _integers(value: object, where: str) -> np.ndarray:

@@ -14,7 +14,6 @@ from grads_dist.data.rows import Broken
 _OUTSIDE = re.compile(rb'["\[\]{},]')
 _INSIDE = re.compile(rb'\\.|"', re.DOTALL)
 _VISIBLE = re.compile(rb"[^ \t\r\n]")
-_LINE_BREAK = re.compile(rb"[ \t]*[\r\n]\s*")
 _LONGEST_LINE = 1 << 28
 _ALLOWED = "allowed: an array of rows, or JSON lines"
 
@@ -41,7 +40,8 @@ class JsonArrayFile:
         has none inside a string.
         """
         for _, block in read_slices(self.path, self._starts, rows.tolist()):
-            yield _LINE_BREAK.sub(b" ", _element(block)) + b"\n"
+            lines = (line.strip() for line in _element(block).splitlines())
+            yield b" ".join(line for line in lines if line) + b"\n"
 
 
 def is_array(path: Path) -> bool:

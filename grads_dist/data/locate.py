@@ -126,13 +126,18 @@ def _of_folder(folder: Path, config: DataConfig) -> Iterator[Source]:
 
 
 def _loose(folder: Path) -> list[Source]:
-    """All files of a known kind, with those of its folders."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    """All files of a known kind, with those of its folders. Folders that are links are not entered."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     paths = [path for path in paths if not any(p.startswith(".") for p in path.relative_to(folder).parts)]
     used = [path for path in paths if path.suffix.lower() in KINDS and path.name not in _ABOUT]
+    used = [path for path in used if not path.is_dir()]
+    for path in used:
+        if not path.is_file():
+            # Passed over, its rows would be missed by nobody.
+            raise ConfigError(f"data.path: {str(path)!r} is no file, or a link to none")
     if not used:
         raise ConfigError(f"data.path: no file in {str(folder)!r} ends in {', '.join(KINDS)}")
-    passed = [str(path.relative_to(folder)) for path in paths if path not in used]
+    passed = [str(path.relative_to(folder)) for path in sorted({*paths} - {*used})]
     logger.info("%d files in %s%s", len(used), folder, f"; not read: {', '.join(passed)}" if passed else "")
     return [_source(path) for path in used]
 
@@ -147,7 +152,10 @@ def _split_folder(folder: Path, split: str | None) -> Path:
         raise ConfigError(
             f"data.split: {split!r} is no split of {str(folder)!r}; allowed: {', '.join(splits)}"
         )
-    return folder / str(split or splits[0])
+    chosen = str(split or splits[0])
+    if not _is_plain(chosen):
+        raise DataError(f"data.path: {str(folder / _SAVED_DICT)!r} names a split outside of it, {chosen!r}")
+    return folder / chosen
 
 
 def _saved(folder: Path) -> list[Source]:
@@ -161,12 +169,17 @@ def _saved(folder: Path) -> list[Source]:
     paths = []
     for file in files if isinstance(files, list) else []:
         name = file.get("filename") if isinstance(file, dict) else None
-        if not isinstance(name, str) or not (folder / name).is_file():
+        if not isinstance(name, str) or not _is_plain(name) or not (folder / name).is_file():
             raise DataError(f"data.path: {str(folder)!r} lacks its file {name!r}")
         paths.append(folder / name)
     if not paths:
         raise DataError(f"data.path: {str(folder / _SAVED)!r} names no files")
     return [Source(path, "arrow") for path in paths]
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a description of a dataset names something in its own folder by this."""
+    return name not in ("", ".", "..") and not {"/", "\\", "\0"} & {*name}
 
 
 def _read_json(path: Path) -> dict:

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 Layout = Literal["lines", "array", "records"]
 """How rows lie in a text file: a line each, elements of a JSON array, or CSV records."""
 
-_VERSION = 2
+_VERSION = 3
 _STARTS_PER_WRITE = 1 << 16
 _BLOCK_BYTES = 1 << 22
 _NEWLINE = 10
@@ -65,8 +65,11 @@ def scan_file(path: Path, cache_folder: Path, layout: Layout | None) -> Scan:
         ) from error
     except LayoutError as fault:
         raise DataError(f"data.path: {str(path)!r} {fault}") from fault
-    digest = json.loads((folder / "scan.json").read_text())["sha256"]
-    starts = np.memmap(folder / "starts.i64", dtype=np.int64, mode="r") if layout else None
+    try:
+        digest = json.loads((folder / "scan.json").read_text())["sha256"]
+        starts = np.memmap(folder / "starts.i64", dtype=np.int64, mode="r") if layout else None
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"data.cache_dir: {str(folder)!r} is damaged ({error}); delete it") from error
     return Scan(digest, state[0], starts)
 
 

@@ -19,10 +19,15 @@ class Spans:
     starts: np.ndarray
     ends: np.ndarray
 
-    def within(self, start: int, end: int) -> np.ndarray:
-        """bool[T]: the tokens that share a character with start..end, or stand empty inside it."""
+    def within(self, start: int, end: int, special: np.ndarray) -> np.ndarray:
+        """bool[T]: the tokens that share a character with start..end, or stand empty inside it.
+
+        special: ids of the tokens that have to begin there. They may swallow the white space that follows
+        them, as the header of an answer does with what the answer begins with, but none of it is theirs.
+        """
         overlaps = (self.starts < end) & (self.ends > start)
-        return overlaps | ((self.starts == self.ends) & (self.starts >= start) & (self.starts < end))
+        inside = overlaps | ((self.starts == self.ends) & (self.starts >= start) & (self.starts < end))
+        return inside & ((self.starts >= start) | ~np.isin(self.ids, special))
 
 
 def tokenize_spans(tokenizer: Any, text: str, cuts: Iterable[int]) -> Spans:

@@ -12,7 +12,7 @@ import numpy as np
 from grads_dist.data.layout import META, REJECTED
 from grads_dist.errors import DataError
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 class Ids(Sequence[str]):

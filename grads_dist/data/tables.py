@@ -36,6 +36,9 @@ class TableFile:
                 f"data.path: {str(path)!r} is no readable {kind} ({_first_line(error)})"
             ) from error
         self.schema = self._blocks.schema
+        twice = [name for k, name in enumerate(self.schema.names) if name in self.schema.names[:k]]
+        if twice:
+            raise DataError(f"data.path: {str(path)!r} has two columns {twice[0]!r}")
         self.num_rows = int(self._blocks.ends[-1]) if len(self._blocks.ends) else 0
 
     def rows(self, start: int, stop: int, columns: list[str] | None) -> Iterator[dict[str, Any] | Broken]:
@@ -60,7 +63,7 @@ class TableFile:
         for position, batch in self._batches(blocks, None):
             inside = rows[np.searchsorted(rows, position) : np.searchsorted(rows, position + len(batch))]
             if len(inside):
-                yield batch.take(pa.array(inside - position))
+                yield from _take(batch, inside - position)
 
     def json_lines(self, rows: np.ndarray) -> Iterator[bytes]:
         """The sorted `rows` as JSON objects of equal values, a line each."""
@@ -151,6 +154,15 @@ def _arrow(path: Path) -> _Blocks:
 
 def _ends(sizes: list[int]) -> np.ndarray:
     return np.cumsum(np.array(sizes, dtype=np.int64))
+
+
+def _take(batch: pa.RecordBatch, rows: np.ndarray) -> Iterator[pa.RecordBatch]:
+    try:
+        yield batch.take(pa.array(rows))
+    except pa.ArrowNotImplementedError:
+        # Some types, as the views that Polars writes, cannot be gathered, but every type can be sliced.
+        for row in rows.tolist():
+            yield batch.slice(row, 1)
 
 
 def _without_nulls(value: Any) -> Any:

@@ -114,6 +114,7 @@ class ProbedModel(nn.Module):
             chunk_positions=self._chunk_positions,
             with_stats=record and self.recorder is not None and self.recorder.needs_head,
             kept_ids=kept_ids,
+            extremes=self.recorder is None or self.recorder.extremes,
             projections=self.recorder.head_projections if record and self.recorder is not None else None,
         )
 

@@ -19,8 +19,13 @@ class ProbeConfig:
     """train: read statistics while the preliminary epoch trains; frozen: at the given weights, no update."""
 
     targets: list[str] | dict[str, str] = field(default_factory=lambda: ["embedding", "lm_head"])
-    """Names (embedding, lm_head, tied, layers, linear), or a map from a name to a regular expression that
-    matches whole parameter names; all that one pattern matches is merged into that target."""
+    """Names (embedding, lm_head, tied, layers, linear, experts, norms, biases, adapters), or a map from a
+    name to a regular expression that matches whole parameter names; all that one pattern matches is merged
+    into that target."""
+
+    statistics: Literal["all", "moments"] = "all"
+    """all, or only moments (sum, squares, mean, std, norm): min and max are then NaN, and the products of
+    short samples need not be formed where no weight gradient is summed from them."""
 
     objective: Literal["sample_mean", "token_mean"] = "sample_mean"
     """What an optimizer step minimises: the mean of the samples' losses, or the mean over all its tokens."""

@@ -75,7 +75,7 @@ class Session:
         anatomy = dissect(model)
         self.targets: Targets = resolve_targets(probe.targets, anatomy)
         self.sketcher = gradient_sketcher(probe, anatomy)
-        self.recorder = Recorder(anatomy, self.targets, self.sketcher)
+        self.recorder = Recorder(anatomy, self.targets, self.sketcher, probe.statistics == "all")
         self.model = ProbedModel(anatomy, self.recorder, probe.head_chunk_mib << 20)
         if sharded and not training:
             # DeepSpeed builds no engine without something to optimise.

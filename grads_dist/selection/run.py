@@ -45,6 +45,11 @@ def check_selection(config: Config, targets: list[str]) -> None:
                 f"selection.signal: {name!r} is not a column of the score table; "
                 f"allowed: {', '.join(columns)}"
             )
+        if config.probe.statistics == "moments" and name.endswith((".min", ".max")):
+            raise ConfigError(
+                f"selection.signal: {name!r} is not read with probe.statistics: moments; use signal norm, or "
+                f"statistics: all"
+            )
     criterion = config.selection.criterion
     if criterion in COMPARED_BY:
         missing = config.data.target is None or COMPARED_BY[criterion] not in config.probe.feature_names

@@ -75,20 +75,13 @@ def certified_statistics(
         formed = wanted
         low, high = torch.stack(extremes[::2]).min(), torch.stack(extremes[1::2]).max()
         if top.values[-1] <= torch.minimum(high, -low):
-            return Certified(_sumsq(b_nV, a_nD, targets_n, skipped), low.double(), high.double(), formed)
+            return Certified(gram_sumsq(b_nV, a_nD, targets_n, skipped), low.double(), high.double(), formed)
         wanted *= 4
     return None
 
 
-def _bounds(b: Tensor, a: Tensor) -> Tensor:
-    # Products with a vector: torch's reductions over the first axis are many times slower.
-    column_norm = torch.linalg.vector_norm(a, dim=0).max()
-    by_norm = (b.new_ones(len(b)) @ b.square()).sqrt_().mul_(column_norm)
-    by_sum = a.abs().amax(1) @ b.abs()
-    return torch.minimum(by_norm, by_sum).mul_(SLACK)
-
-
-def _sumsq(b: Tensor, a: Tensor, targets_n: Tensor, skipped: Tensor | None) -> Tensor:
+def gram_sumsq(b: Tensor, a: Tensor, targets_n: Tensor, skipped: Tensor | None = None) -> Tensor:
+    """The sum of squares alone, a float64 scalar; arguments as for `certified_statistics`."""
     if skipped is not None:
         others = b.index_select(1, skipped)
         b.index_fill_(1, skipped, 0)
@@ -105,3 +98,11 @@ def _sumsq(b: Tensor, a: Tensor, targets_n: Tensor, skipped: Tensor | None) -> T
     same = targets_n[:, None] == targets_n
     gram = gram + cross + cross.t() + torch.outer(own, own).double() * same
     return (gram * (a @ a.t()).double()).sum()
+
+
+def _bounds(b: Tensor, a: Tensor) -> Tensor:
+    # Products with a vector: torch's reductions over the first axis are many times slower.
+    column_norm = torch.linalg.vector_norm(a, dim=0).max()
+    by_norm = (b.new_ones(len(b)) @ b.square()).sqrt_().mul_(column_norm)
+    by_sum = a.abs().amax(1) @ b.abs()
+    return torch.minimum(by_norm, by_sum).mul_(SLACK)

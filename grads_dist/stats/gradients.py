@@ -28,9 +28,14 @@ class OuterProduct:
     segments: Segments
     batch: ops.BatchGradient | None = None
 
-    def statistics(self) -> Statistics:
-        """Statistics over the P x D elements of every sample's gradient; fills `batch` on the way."""
+    def statistics(self, extremes: bool = True) -> Statistics:
+        """Statistics over the P x D elements of every sample's gradient; fills `batch` on the way.
+
+        Without `extremes` minimum and maximum are NaN, and products need be formed for long samples only.
+        """
         batch = None if self.batch is None or self.batch.done else self.batch
+        if batch is None and not extremes:
+            return ops.outer_product_moments(self.b_NP, self.a_ND, self.segments)
         return ops.outer_product_stats(self.b_NP, self.a_ND, self.segments, batch)
 
     def add_to_batch(self) -> None:
@@ -57,8 +62,8 @@ class VectorSum:
         dtype = ops.accumulation_dtype(self.b_ND.dtype)
         return self.b_ND.to(dtype) * self.normalised().to(dtype)
 
-    def statistics(self) -> Statistics:
-        """Statistics over the D elements of every sample's gradient."""
+    def statistics(self, extremes: bool = True) -> Statistics:
+        """Statistics over the D elements of every sample's gradient; `extremes` changes nothing here."""
         return ops.vector_stats(self.b_ND, self.segments, self.normalised)
 
 
@@ -69,8 +74,8 @@ class TouchedRows:
     touched: ops.EmbeddingRows
     num_embeddings: int
 
-    def statistics(self) -> Statistics:
-        """Statistics over all elements, those of absent tokens included."""
+    def statistics(self, extremes: bool = True) -> Statistics:
+        """Statistics over all elements, those of absent tokens included; `extremes` changes nothing here."""
         return ops.embedding_stats(self.touched, self.num_embeddings)
 
 
@@ -85,9 +90,9 @@ class Grouped:
     inner: OuterProduct | VectorSum
     num_groups: int
 
-    def statistics(self) -> Statistics:
-        """Statistics over the elements of all groups."""
-        return ops.grouped_stats(self.present.statistics(), self.inner.segments, self.num_groups)
+    def statistics(self, extremes: bool = True) -> Statistics:
+        """Statistics over the elements of all groups; `extremes` as for `inner`."""
+        return ops.grouped_stats(self.present.statistics(extremes), self.inner.segments, self.num_groups)
 
     @property
     def present(self) -> OuterProduct | VectorSum:
@@ -103,7 +108,7 @@ class Zero:
     num_samples: int
     device: torch.device
 
-    def statistics(self) -> Statistics:
+    def statistics(self, extremes: bool = True) -> Statistics:
         """All zero, whatever the number of elements."""
         return Statistics.empty(self.num_samples, self.device).with_zeros(
             torch.ones(self.num_samples, dtype=torch.bool, device=self.device)

@@ -57,6 +57,7 @@ class HeadRequest:
         with_stats: compute the statistics of the head's gradient.
         kept_ids: for a tied weight, each sample's sorted distinct input ids, whose rows of G are kept and
             left out of `rest`.
+        extremes: whether minimum and maximum are wanted.
         projections: sketch the head's gradient by these; None for no sketch.
     """
 
@@ -67,6 +68,7 @@ class HeadRequest:
     with_stats: bool
     kept_ids: tuple[Tensor, ...] | None = None
     projections: HeadProjections | None = None
+    extremes: bool = True
 
 
 @dataclass

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from grads_dist.stats.backend import backend_for
-from grads_dist.stats.certificate import Certified, certified_statistics, pays
+from grads_dist.stats.certificate import Certified, certified_statistics, gram_sumsq, pays
 from grads_dist.stats.ops import BatchGradient, dense_row_stats, outer_product_stats, ragged_row_stats
 from grads_dist.stats.segments import Segments
 from grads_dist.stats.statistics import Statistics
@@ -69,6 +69,8 @@ class ChunkStatistics:
         shared = self.p.shares_products and self.p.grad_weight is not None
         if shared or d_mv.shape[1] != vocab:
             return False
+        if not self.p.request.extremes:
+            return True
         return any(pays(n, vocab, dim) for n in self.c.segments.lengths)
 
     @property
@@ -106,6 +108,10 @@ class ChunkStatistics:
     ) -> Statistics:
         """Statistics of one sample's gradient without the rows `ids`."""
         result = self.p.result
+        if not self.p.request.extremes and 2 * len(d_nV) < hidden_nD.shape[1]:
+            sumsq = gram_sumsq(d_nV, hidden_nD, targets_n, ids)
+            unknown = torch.full_like(sumsq, torch.nan)
+            return _statistics(Certified(sumsq, unknown, unknown.clone(), 0), d_nV, hidden_nD, ids)
         if pays(len(d_nV), d_nV.shape[1], hidden_nD.shape[1]):
             found = certified_statistics(d_nV, hidden_nD, targets_n, ids)
             if found is not None and bool(found.sumsq.isfinite()):

@@ -54,13 +54,7 @@ def outer_product_stats(
         batch_gradient.done = True
     backend = backend_for(b_NP.device, b_NP.dtype)
     found = _outer_product_stats(b_NP, a_ND, list(segments.lengths), total, weights, backend)
-
-    def gradient_of(sample: int) -> Tensor:
-        rows = slice(segments.offsets[sample], segments.offsets[sample + 1])
-        dtype = accumulation_dtype(b_NP.dtype)
-        return b_NP[rows].t().to(dtype) @ a_ND[rows].to(dtype)
-
-    return _checked(found, gradient_of)
+    return _checked(found, _gradient_of(b_NP, a_ND, segments))
 
 
 @torch.library.custom_op("grads_dist::outer_product_stats", mutates_args=("total_PD",))
@@ -89,6 +83,42 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _four_numbers(b_NP, len(lengths))
+
+
+def outer_product_moments(b_NP: Tensor, a_ND: Tensor, segments: Segments) -> Statistics:
+    """Sum and sum of squares of G_s = B_s^T A_s; minimum and maximum are NaN.
+
+    The squares of a short sample are sum_ts (b_t . b_s) (a_t . a_s), which costs T^2 (P + D) for T rows where
+    the product costs T P D; a longer sample's product is formed.
+    """
+    b_NP, a_ND = _of_one_type(b_NP, a_ND)
+    size = b_NP.shape[1] * a_ND.shape[1] / (b_NP.shape[1] + a_ND.shape[1])
+    long = [s for s, length in enumerate(segments.lengths) if length > size]
+    sumsq = torch.zeros(len(segments), dtype=torch.float64, device=b_NP.device)
+    parts = list(zip(b_NP.split(list(segments.lengths)), a_ND.split(list(segments.lengths)), strict=True))
+    for s, (b, a) in enumerate(parts):
+        if segments.lengths[s] <= size:
+            sumsq[s] = reference.gram_sumsq(b, a)
+    if long:
+        rows = [torch.cat(of) for of in zip(*(parts[s] for s in long), strict=True)]
+        lengths = tuple(segments.lengths[s] for s in long)
+        sumsq[long] = outer_product_stats(rows[0], rows[1], Segments(lengths)).sumsq
+    row_products = b_NP.sum(1, dtype=torch.float64) * a_ND.sum(1, dtype=torch.float64)
+    lengths_S = segments.lengths_tensor(b_NP.device)
+    unknown = torch.full_like(sumsq, torch.nan)
+    found = (reference.segment_sum(row_products, lengths_S), sumsq, unknown, unknown.clone())
+    return _checked(found, _gradient_of(b_NP, a_ND, segments))
+
+
+def _gradient_of(b_NP: Tensor, a_ND: Tensor, segments: Segments) -> Callable[[int], Tensor]:
+    """From a sample to its gradient."""
+
+    def gradient_of(sample: int) -> Tensor:
+        rows = slice(segments.offsets[sample], segments.offsets[sample + 1])
+        dtype = accumulation_dtype(b_NP.dtype)
+        return b_NP[rows].t().to(dtype) @ a_ND[rows].to(dtype)
+
+    return gradient_of
 
 
 @dataclass(frozen=True)
@@ -325,11 +355,16 @@ def _checked(
     total, sumsq, low, high = found
     stats = Statistics(total, sumsq, low, high, torch.zeros_like(total, dtype=torch.int64))
     largest = torch.maximum(high, -low)
-    suspects = ~sumsq.isfinite() | ((largest > 0) & (largest < SMALLEST_FLOAT32))
+    # Where the extremes are unknown, their squares are what tells.
+    tiny = torch.where(
+        largest.isnan(), sumsq < SMALLEST_FLOAT32**2, (largest > 0) & (largest < SMALLEST_FLOAT32)
+    )
+    suspects = ~sumsq.isfinite() | tiny
     for sample in suspects.nonzero().flatten().tolist():
         g = gradient_of(sample)
         stats.nonfinite[sample] = (~g.isfinite()).sum()
         stats.sumsq[sample] = g.double().square().sum()
-        minmax = torch.aminmax(g)
-        stats.min[sample], stats.max[sample] = minmax.min, minmax.max
+        if g.numel():
+            minmax = torch.aminmax(g)
+            stats.min[sample], stats.max[sample] = minmax.min, minmax.max
     return stats

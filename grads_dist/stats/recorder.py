@@ -30,10 +30,17 @@ class Recorder:
         anatomy: the model and its parts.
         targets: what statistics are read of.
         sketcher: what else is sketched, in the batches that ask for it.
+        extremes: whether minimum and maximum are wanted; without, they are NaN.
     """
 
-    def __init__(self, anatomy: Anatomy, targets: Targets, sketcher: Sketcher | None = None) -> None:
-        self.targets, self._sketcher = targets, sketcher
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        targets: Targets,
+        sketcher: Sketcher | None = None,
+        extremes: bool = True,
+    ) -> None:
+        self.targets, self._sketcher, self.extremes = targets, sketcher, extremes
         self._sketching = False
         self._sketch: Tensor | None = None
         self._anatomy = anatomy
@@ -76,7 +83,8 @@ class Recorder:
             inverse = 1 / head.factors
             per_parameter = {name: stats.scaled(inverse) for name, stats in per_parameter.items()}
         per_parameter.update(self._head_statistics(head))
-        return {target: _merged(names, per_parameter) for target, names in self.targets.members.items()}
+        found = {target: _merged(names, per_parameter) for target, names in self.targets.members.items()}
+        return found if self.extremes else {name: stats.without_extremes() for name, stats in found.items()}
 
     def detach(self) -> None:
         """Leave the model as it was."""
@@ -125,7 +133,7 @@ class Recorder:
             assert isinstance(gradient, TouchedRows)
             self._tied_rows = gradient.touched
         if parameter in self.targets.parameters:
-            self._found[parameter] = gradient.statistics()
+            self._found[parameter] = gradient.statistics(self.extremes)
         if self._sketching:
             self._add_sketches(parameter, gradient)
 

@@ -49,6 +49,13 @@ def outer_product_stats(
     return total, torch.stack(sumsq), torch.stack(low).double(), torch.stack(high).double()
 
 
+def gram_sumsq(b_TP: Tensor, a_TD: Tensor) -> Tensor:
+    """Sum of squares of B^T A, a float64 scalar, from the Gram matrices of both."""
+    dtype = accumulation_dtype(b_TP.dtype)
+    b, a = b_TP.to(dtype), a_TD.to(dtype)
+    return ((b @ b.t()).double() * (a @ a.t()).double()).sum()
+
+
 def row_sum_stats(
     b_ND: Tensor,
     x_ND: Tensor | None,

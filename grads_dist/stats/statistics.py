@@ -73,6 +73,11 @@ class Statistics:
             nonfinite=self.nonfinite,
         )
 
+    def without_extremes(self) -> Statistics:
+        """The same with minimum and maximum unknown: NaN."""
+        unknown = torch.full_like(self.min, torch.nan)
+        return Statistics(self.sum, self.sumsq, unknown, unknown.clone(), self.nonfinite)
+
     def mean(self, numel: int) -> Tensor:
         """sum / numel, float64 [S]."""
         return self.sum / numel

@@ -12,6 +12,8 @@ namespace {
 
 // Tokens of one chunk of samples: their panels of A stay in the first two cache levels.
 constexpr int64_t kChunkTokens = 512;
+// Tokens whose products are summed in registers before they are added to the rest.
+constexpr int64_t kBlockTokens = 256;
 // Bytes of panels of B that one thread goes through for each panel of A.
 constexpr int64_t kGroupBytes = 128 << 10;
 
@@ -52,12 +54,27 @@ inline __attribute__((always_inline)) void multiply(int64_t tokens, const float*
   }
 }
 
+// The same in blocks of tokens: a float32 sum of thousands of terms loses digits.
+inline __attribute__((always_inline)) void multiply_blocks(int64_t tokens, const float* a, const float* b,
+                                                           Vec (&acc)[kRows][kVectors]) {
+  multiply(lesser(tokens, kBlockTokens), a, b, acc);
+  if (tokens <= kBlockTokens) return;
+  Tile sum;
+  std::memcpy(&sum, acc, sizeof(Tile));
+  for (int64_t t = kBlockTokens; t < tokens; t += kBlockTokens) {
+    multiply(lesser(tokens - t, kBlockTokens), a + t * kCols, b + t * kRows, acc);
+    for (int i = 0; i < kRows; i++)
+      for (int v = 0; v < kVectors; v++) sum.x[i][v] += acc[i][v];
+  }
+  std::memcpy(acc, &sum, sizeof(Tile));
+}
+
 // One tile of one sample: its statistics into `partial`, and weighted into `sum` when `kSum`.
 template <bool kSum>
 inline void whole_tile(int64_t tokens, const float* __restrict a, const float* __restrict b, Partial& partial,
                        float weight, Tile& sum) {
   Vec acc[kRows][kVectors];
-  multiply(tokens, a, b, acc);
+  multiply_blocks(tokens, a, b, acc);
   // Four chains each: the additions would wait for one another.
   Vec low[4], high[4], squares[4];
 #pragma GCC unroll 4
@@ -90,7 +107,7 @@ inline void whole_tile(int64_t tokens, const float* __restrict a, const float* _
 inline void edge_tile(int64_t tokens, const float* a, const float* b, int rows, int cols, Partial& partial,
                       float weight, Tile& sum) {
   Tile tile;
-  multiply(tokens, a, b, tile.x);
+  multiply_blocks(tokens, a, b, tile.x);
   Vec squares = Vec{};
   for (int i = 0; i < rows; i++)
     for (int c = 0; c < cols; c++) {
