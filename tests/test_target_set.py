@@ -205,6 +205,14 @@ def test_what_the_probe_writes_is_enough(criterion, probe):
     check_selection(Config(data=data, probe=ProbeConfig(**probe), selection=selection), TARGETS)
 
 
+def test_a_signal_of_extremes_needs_them_read():
+    data, probe = DataConfig(path="x"), ProbeConfig(statistics="moments")
+    with pytest.raises(ConfigError, match=r"selection.signal: '.*\.(max|min)' is not read with probe.statistics"):
+        check_selection(Config(data=data, probe=probe, selection=SelectionConfig(weights=NO_GRAPH)), TARGETS)
+    norms = SelectionConfig(signal="norm", weights=NO_GRAPH)
+    check_selection(Config(data=data, probe=probe, selection=norms), TARGETS)
+
+
 def test_similarity_by_gradients():
     probe = ProbeConfig(mode="frozen", features=["gradient"])
     named = {"similarity": SimilarityConfig(features="gradient"), "data": DataConfig(path="x")}
