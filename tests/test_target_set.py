@@ -207,7 +207,9 @@ def test_what_the_probe_writes_is_enough(criterion, probe):
 
 def test_a_signal_of_extremes_needs_them_read():
     data, probe = DataConfig(path="x"), ProbeConfig(statistics="moments")
-    with pytest.raises(ConfigError, match=r"selection.signal: '.*\.(max|min)' is not read with probe.statistics"):
+    with pytest.raises(
+        ConfigError, match=r"selection.signal: '.*\.(max|min)' is not read with probe.statistics"
+    ):
         check_selection(Config(data=data, probe=probe, selection=SelectionConfig(weights=NO_GRAPH)), TARGETS)
     norms = SelectionConfig(signal="norm", weights=NO_GRAPH)
     check_selection(Config(data=data, probe=probe, selection=norms), TARGETS)
