@@ -9,14 +9,15 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
-.PHONY: help install demo test lint types bench-smoke
+.PHONY: help install demo test lint types bench-smoke gpu-check
 
 help:
 	@echo "make install      virtual environment in .venv with everything for development"
 	@echo "make demo         the whole job on a corpus and a model that need no download, in runs/demo"
 	@echo "make test         all tests"
 	@echo "make lint types   ruff and mypy"
-	@echo "make bench-smoke  the benchmark of the probe, at toy size"
+	@echo "make bench-smoke  the benchmarks at toy size"
+	@echo "make gpu-check    tests and benchmarks of the CUDA kernels, on a machine with an NVIDIA GPU"
 
 install: $(STAMP)
 
@@ -41,3 +42,9 @@ types: $(STAMP)
 
 bench-smoke: $(STAMP)
 	$(BIN)/python benchmarks/bench_probe.py --smoke
+	$(BIN)/python benchmarks/bench_kernels.py --smoke
+	$(BIN)/python benchmarks/bench_memory.py --smoke
+	$(BIN)/python benchmarks/bench_callback.py --smoke
+
+gpu-check: $(STAMP)
+	$(BIN)/python benchmarks/gpu_check.py

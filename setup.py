@@ -1,10 +1,13 @@
 """Everything static is in pyproject.toml; the CPU kernels are built from here where there is a C++ compiler.
 
 Neither torch nor nvcc is needed. Without a compiler the package installs all the same and computes in torch.
+With GRADS_DIST_BUILD_CUDA=1 nvcc compiles the CUDA kernels ahead of their first use.
 """
 
 import os
 import platform
+import sys
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -12,6 +15,7 @@ from setuptools.command.build_ext import build_ext
 SOURCES = os.path.join("kernels", "cpu")
 HEADERS = ("api.h", "common.h", "row_sums.h", "segment_stats.h")
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+CUDA_ARCHITECTURES = ("sm_80", "sm_89", "sm_90")
 # Name, floats in a register, rows of the register tile, flags: one build of variant.cpp each.
 GENERIC = [("generic", 4, 6, [])]
 X86 = [
@@ -23,6 +27,16 @@ X86 = [
 
 class BuildKernels(build_ext):
     """Compiles one source once for each instruction set and links them to one library with a C interface."""
+
+    def run(self):
+        """Build the CPU kernels, and the CUDA kernels if asked for."""
+        super().run()
+        if os.environ.get("GRADS_DIST_BUILD_CUDA") == "1":
+            sys.path.insert(0, os.getcwd())
+            from grads_dist.stats.cuda_images import build_images
+
+            package = Path("grads_dist") if self.inplace else Path(self.build_lib, "grads_dist")
+            build_images(package / "_cubins", CUDA_ARCHITECTURES)
 
     def build_extension(self, ext):
         """Build the library; setuptools goes on without it when this fails, because it is optional."""

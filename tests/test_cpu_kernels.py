@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grads_dist.errors import ConfigError
-from grads_dist.stats import backend, native, ops, reference
+from grads_dist.stats import backend, native, operators, ops, reference
 from grads_dist.stats.segments import Segments
 
 VARIANTS = native.variants()
@@ -275,11 +275,13 @@ def test_both_backends_count_what_is_not_finite_in_sums_of_rows(monkeypatch, nam
 def test_operator_keeps_torchs_contract(name):
     b, a = draw([3, 5], 4, 6)
     arguments = (b, a, [3, 5], torch.zeros(4, 6), [1.0, 2.0], name)
-    torch.library.opcheck(ops._outer_product_stats, arguments)
-    torch.library.opcheck(ops._outer_product_stats, (b, a, [3, 5], None, None, name))
+    torch.library.opcheck(operators.outer_product_stats, arguments)
+    torch.library.opcheck(operators.outer_product_stats, (b, a, [3, 5], None, None, name))
     rows = (b, b + 1, torch.arange(8), torch.tensor([0, 3, 8]), [1, 1], 1, 1e-5, name)
-    torch.library.opcheck(ops._row_sums, rows)
-    torch.library.opcheck(ops._row_sums, (b, None, None, torch.tensor([0, 3, 8]), [2, 0], 0, 0.0, name))
+    torch.library.opcheck(operators.row_sum_stats, rows)
+    torch.library.opcheck(
+        operators.row_sum_stats, (b, None, None, torch.tensor([0, 3, 8]), [2, 0], 0, 0.0, name)
+    )
 
 
 @needs_kernels
@@ -306,7 +308,7 @@ def test_choice_is_logged_once_with_its_reason(monkeypatch, caplog, fresh_choice
         assert backend.backend_for(cpu, torch.float64) == "reference"
         assert backend.backend_for(torch.device("meta"), torch.float32) == "reference"
     assert len(caplog.messages) == 2
-    assert "reference, because the CPU kernels do not read torch.float64" in caplog.messages[0]
+    assert "reference, because the cpu kernels do not take torch.float64" in caplog.messages[0]
 
 
 def test_without_a_library_the_reference_runs_unless_forced_otherwise(monkeypatch, caplog, fresh_choice):
@@ -320,9 +322,39 @@ def test_without_a_library_the_reference_runs_unless_forced_otherwise(monkeypatc
         backend.backend_for(torch.device("cpu"), torch.float32)
 
 
+def test_what_a_forced_backend_does_not_take_is_left_to_the_reference(monkeypatch, fresh_choice):
+    """A run has tensors of several types."""
+    monkeypatch.setenv(backend.VARIABLE, "cpu")
+    if VARIANTS:
+        assert backend.backend_for(torch.device("cpu"), torch.float64) == "reference"
+        assert backend.backend_for(torch.device("cpu"), torch.bfloat16) == "cpu"
+    monkeypatch.setenv(backend.VARIABLE, "cuda")
+    with pytest.raises(ConfigError, match="'cuda' cannot run: cpu is no CUDA device"):
+        backend.backend_for(torch.device("cpu"), torch.bfloat16)
+
+
+def test_a_gpu_takes_the_kernels_only_when_asked_to(monkeypatch, fresh_choice):
+    """They have not been run on one."""
+    monkeypatch.setattr(backend, "unavailable_reason", lambda device: None)
+    gpu = torch.device("cuda", 0)
+    monkeypatch.delenv(backend.VARIABLE, raising=False)
+    assert backend.backend_for(gpu, torch.bfloat16) == "reference"
+    monkeypatch.setenv(backend.VARIABLE, "cuda")
+    assert backend.backend_for(gpu, torch.bfloat16) == "cuda"
+    assert backend.backend_for(gpu, torch.float32) == "reference"
+    assert backend.backend_for(gpu, torch.float32, backend.ROWS) == "cuda"
+
+
 def test_an_unknown_backend_is_named(monkeypatch, fresh_choice):
     monkeypatch.setenv(backend.VARIABLE, "gpu")
     with pytest.raises(
         ConfigError, match="GRADS_DIST_BACKEND: 'gpu' is not known; allowed: auto, reference, cpu"
     ):
         backend.backend_for(torch.device("cpu"), torch.float32)
+
+
+@needs_kernels
+@pytest.mark.parametrize("total", [torch.zeros(5, 3).t(), torch.zeros(3, 5).bfloat16(), torch.zeros(3, 4)])
+def test_a_total_that_the_kernel_would_write_past_is_not_taken(total):
+    with pytest.raises(AssertionError):
+        native.outer_product_stats(torch.ones(2, 3), torch.ones(2, 5), [2], total, None)

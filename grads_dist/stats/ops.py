@@ -9,15 +9,15 @@ Shape legend: S samples, N packed rows, P outputs and D inputs of a weight, V vo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from grads_dist.stats import native, reference
-from grads_dist.stats.backend import backend_for
+from grads_dist.stats import operators, reference
+from grads_dist.stats.backend import ROWS, backend_for
 from grads_dist.stats.reference import accumulation_dtype, row_sumsq
 from grads_dist.stats.segments import Segments
 from grads_dist.stats.statistics import Statistics
@@ -53,36 +53,10 @@ def outer_product_stats(
         total, weights = batch_gradient.total, batch_gradient.weights
         batch_gradient.done = True
     backend = backend_for(b_NP.device, b_NP.dtype)
-    found = _outer_product_stats(b_NP, a_ND, list(segments.lengths), total, weights, backend)
+    found = operators.outer_product_stats(b_NP, a_ND, list(segments.lengths), total, weights, backend)
+    if backend == "cuda":
+        return Statistics(*found)
     return _checked(found, _gradient_of(b_NP, a_ND, segments))
-
-
-@torch.library.custom_op("grads_dist::outer_product_stats", mutates_args=("total_PD",))
-def _outer_product_stats(
-    b_NP: Tensor,
-    a_ND: Tensor,
-    lengths: Sequence[int],
-    total_PD: Tensor | None,
-    weights: Sequence[float] | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sum, sum of squares, minimum and maximum of every sample's B_s^T A_s, float64 [S]."""
-    if backend == "reference":
-        return reference.outer_product_stats(b_NP, a_ND, lengths, total_PD, weights)
-    b_NP, a_ND = _rows_contiguous(b_NP), _rows_contiguous(a_ND)
-    return native.outer_product_stats(b_NP, a_ND, lengths, total_PD, weights)
-
-
-@_outer_product_stats.register_fake
-def _(
-    b_NP: Tensor,
-    a_ND: Tensor,
-    lengths: Sequence[int],
-    total_PD: Tensor | None,
-    weights: Sequence[float] | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _four_numbers(b_NP, len(lengths))
 
 
 def outer_product_moments(b_NP: Tensor, a_ND: Tensor, segments: Segments) -> Statistics:
@@ -227,9 +201,11 @@ def _row_sum_stats(
         b_ND, x_ND = _of_one_type(b_ND, normalised.x_ND)
         norm, eps = normalised.number, normalised.eps
     run_offsets = torch.tensor(runs.offsets, dtype=torch.int64, device=b_ND.device)
-    backend = backend_for(b_ND.device, b_ND.dtype)
+    backend = backend_for(b_ND.device, b_ND.dtype, ROWS)
     arguments = (b_ND, x_ND, order_N, run_offsets)
-    found = _row_sums(*arguments, list(sample_runs), norm, eps, backend)
+    found = operators.row_sum_stats(*arguments, list(sample_runs), norm, eps, backend)
+    if backend == "cuda":
+        return Statistics(*found)
     samples = Segments(sample_runs)
 
     def gradient_of(sample: int) -> Tensor:
@@ -243,39 +219,6 @@ def _row_sum_stats(
         return rows
 
     return _checked(found, gradient_of)
-
-
-@torch.library.custom_op("grads_dist::row_sum_stats", mutates_args=())
-def _row_sums(
-    b_ND: Tensor,
-    x_ND: Tensor | None,
-    order_N: Tensor | None,
-    run_offsets: Tensor,
-    sample_runs: Sequence[int],
-    norm: int,
-    eps: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sum, sum of squares, minimum and maximum over each sample's sums of rows, float64 [S]."""
-    if backend == "reference":
-        arguments = (b_ND, x_ND, order_N, run_offsets, sample_runs)
-        return reference.row_sum_stats(*arguments, norm, eps)
-    x_ND = None if x_ND is None else _rows_contiguous(x_ND)
-    return native.row_sum_stats(_rows_contiguous(b_ND), x_ND, order_N, run_offsets, sample_runs, norm, eps)
-
-
-@_row_sums.register_fake
-def _(
-    b_ND: Tensor,
-    x_ND: Tensor | None,
-    order_N: Tensor | None,
-    run_offsets: Tensor,
-    sample_runs: Sequence[int],
-    norm: int,
-    eps: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _four_numbers(b_ND, len(sample_runs))
 
 
 def dense_row_stats(g_SD: Tensor) -> Statistics:
@@ -331,28 +274,17 @@ def _of_one_type(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x.to(dtype), y.to(dtype)
 
 
-def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-
-def _four_numbers(like: Tensor, num_samples: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    numbers = [like.new_empty(num_samples, dtype=torch.float64) for _ in range(4)]
-    return numbers[0], numbers[1], numbers[2], numbers[3]
-
-
 SMALLEST_FLOAT32 = 1e-15
 """Where the largest element is below this, squares of float32 elements begin to vanish."""
 
 
-def _checked(
-    found: tuple[Tensor, Tensor, Tensor, Tensor], gradient_of: Callable[[int], Tensor]
-) -> Statistics:
-    """Statistics from (sum, sumsq, min, max), with the samples repaired whose squares float32 does not hold.
+def _checked(found: tuple[Tensor, ...], gradient_of: Callable[[int], Tensor]) -> Statistics:
+    """Statistics from (sum, sumsq, min, max, ...), repaired where float32 does not hold the squares.
 
     A sum of squares that is not finite may have overflowed, one of tiny elements underflowed; or there are
     non-finite elements, which are counted.
     """
-    total, sumsq, low, high = found
+    total, sumsq, low, high = found[:4]
     stats = Statistics(total, sumsq, low, high, torch.zeros_like(total, dtype=torch.int64))
     largest = torch.maximum(high, -low)
     # Where the extremes are unknown, their squares are what tells.

@@ -1,0 +1,100 @@
+"""torch operators behind ops.py: each hands its arguments to the backend that was chosen for them.
+
+They return sum, sum of squares, minimum and maximum of every sample, float64 [S], and how many elements are
+not finite. Only the CUDA kernels count those themselves; with the other backends that number is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from grads_dist.stats import cuda, cuda_rows, native, reference
+from grads_dist.stats.statistics import Statistics
+
+
+@torch.library.custom_op("grads_dist::outer_product_stats", mutates_args=("total_PD",))
+def outer_product_stats(
+    b_NP: Tensor,
+    a_ND: Tensor,
+    lengths: Sequence[int],
+    total_PD: Tensor | None,
+    weights: Sequence[float] | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Numbers of every sample's B_s^T A_s; `total_PD` gets their weighted sum added."""
+    if backend == "cuda":
+        return _five_numbers(cuda.outer_product_stats(b_NP, a_ND, lengths, total_PD, weights))
+    if backend == "reference":
+        return _uncounted(reference.outer_product_stats(b_NP, a_ND, lengths, total_PD, weights))
+    b_NP, a_ND = _rows_contiguous(b_NP), _rows_contiguous(a_ND)
+    return _uncounted(native.outer_product_stats(b_NP, a_ND, lengths, total_PD, weights))
+
+
+@outer_product_stats.register_fake
+def _(
+    b_NP: Tensor,
+    a_ND: Tensor,
+    lengths: Sequence[int],
+    total_PD: Tensor | None,
+    weights: Sequence[float] | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _fake_numbers(b_NP, len(lengths))
+
+
+@torch.library.custom_op("grads_dist::row_sum_stats", mutates_args=())
+def row_sum_stats(
+    b_ND: Tensor,
+    x_ND: Tensor | None,
+    order_N: Tensor | None,
+    run_offsets: Tensor,
+    sample_runs: Sequence[int],
+    norm: int,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Numbers of each sample's sums of rows (native.row_sum_stats)."""
+    rest = (order_N, run_offsets, sample_runs, norm, eps)
+    if backend == "cuda":
+        return _five_numbers(cuda_rows.row_sum_stats(b_ND, x_ND, *rest))
+    if backend == "reference":
+        return _uncounted(reference.row_sum_stats(b_ND, x_ND, *rest))
+    x_ND = None if x_ND is None else _rows_contiguous(x_ND)
+    return _uncounted(native.row_sum_stats(_rows_contiguous(b_ND), x_ND, *rest))
+
+
+@row_sum_stats.register_fake
+def _(
+    b_ND: Tensor,
+    x_ND: Tensor | None,
+    order_N: Tensor | None,
+    run_offsets: Tensor,
+    sample_runs: Sequence[int],
+    norm: int,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _fake_numbers(b_ND, len(sample_runs))
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _five_numbers(stats: Statistics) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return stats.sum, stats.sumsq, stats.min, stats.max, stats.nonfinite
+
+
+def _uncounted(found: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    # No two outputs of an operator may be one tensor.
+    total, sumsq, low, high = found
+    return total, sumsq.clone(), low.clone(), high.clone(), torch.zeros_like(total, dtype=torch.int64)
+
+
+def _fake_numbers(like: Tensor, num_samples: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    numbers = [like.new_empty(num_samples, dtype=torch.float64) for _ in range(4)]
+    nonfinite = like.new_empty(num_samples, dtype=torch.int64)
+    return numbers[0], numbers[1], numbers[2], numbers[3], nonfinite

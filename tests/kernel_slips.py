@@ -1,0 +1,83 @@
+"""Plausible slips in the CUDA kernels, each with the check that has to notice it."""
+
+SLIPS = {
+    ("outer_product.cu", "check_outer"): {
+        "wait for one group too few": ("wait_for_copies<kStages - 2>", "wait_for_copies<kStages - 1>"),
+        "no barrier before the oldest stage is filled": (
+            "    __syncthreads();\n    copy_slice",
+            "    copy_slice",
+        ),
+        "fill the stage that is being read": ("copy_slice(next_filled,", "copy_slice(stage,"),
+        "fragments added to, not toggled": ("(b ^ i * 32)", "(b + i * 32)"),
+        "a swizzle that meets in one bank": ("(chunk ^ (token & 7))", "(chunk ^ (token & 3))"),
+        "one token of the next sample": (
+            "token < slice.end - slice.token",
+            "token <= slice.end - slice.token",
+        ),
+        "token steps swizzled alike at a wrong distance": (
+            "panel + plan.to + token * kCols * 2",
+            "panel + plan.to + token * kCols",
+        ),
+        "sample ends one token early": ("(offsets[walk.sample + 1])", "(offsets[walk.sample + 1] - 1)"),
+        "copies take one slice too many": ("walk.token >= walk.end", "walk.token > walk.end"),
+        "products take one slice too many": (
+            "computing.token < computing.end",
+            "computing.token <= computing.end",
+        ),
+        "next sample starts from this one's tile": ("    clear(acc);\n    computing", "    computing"),
+        "left fragment by the right one's layout": ("at.lane % 8 + at.lane / 16 * 8", "at.lane % 16"),
+        "warps share a slot": (" * kWarps + at.warp;", " * kWarps;"),
+        "last group of tile rows": ("inside % rows", "inside % kGroup"),
+        "lanes joined incompletely": ("int distance = 8; distance", "int distance = 4; distance"),
+    },
+    ("outer_product.cu", "check_outer_masks"): {
+        "row mask": ("at.row(i, e) < q.num_b_cols", "at.row(i, e) <= q.num_b_cols"),
+        "column mask": ("at.col(j, e) < q.num_a_cols", "at.col(j, e) <= q.num_a_cols"),
+    },
+    ("outer_product.cu", "check_outer_nonfinite"): {
+        "NaN dropped": ("mine.high = larger(mine.high, x)", "mine.high = fmaxf(mine.high, x)"),
+        "never recounted": ("if (!is_finite(all.sumsq) ||", "if ("),
+    },
+    ("outer_product.cu", "check_outer_scales"): {
+        "small squares lost": ("largest < 1e-15f", "largest < 0.0f"),
+    },
+    ("outer_product.cu", "check_total"): {
+        "weights ignored": ("fmaf(weight, ", "fmaf(1.0f, "),
+        "total overwritten": ("+ at.col(j, e)] += x", "+ at.col(j, e)] = x"),
+    },
+    ("statistics.cuh", "check_outer"): {
+        "tree stops early": ("half > 0", "half > 1"),
+        "no barrier in the tree": ("+ half]);\n    __syncthreads();", "+ half]);"),
+    },
+    ("statistics.cu", "check_outer"): {
+        "empty sample takes what lies there": ("if (has_rows)", ""),
+    },
+    ("rows.cu", "check_embedding"): {
+        "run ends early": ("place < end", "place + 1 < end"),
+        "order ignored": ("q.order ? q.order[place] : place", "place"),
+        "padding counted": (
+            "q.run_offsets[q.num_samples]) return",
+            "q.run_offsets[q.num_samples] + 1) return",
+        ),
+    },
+    ("rows.cu", "check_vectors"): {
+        "lanes overlap": ("row += kSumLanes", "row += kSumLanes - 1"),
+        "no barrier before lanes are added": ("  __syncthreads();\n  Partial mine", "  Partial mine"),
+        "normalised input not rounded": (
+            "rounded<Input>((x[i] - mean) * rstd)",
+            "(x[i] - mean) * rstd",
+        ),
+        "mean ignored": ("(x[i] - mean) * rstd", "x[i] * rstd"),
+    },
+    ("head.cu", "check_softmax"): {
+        "sum not carried over to the new largest": ("p.sum * expf(p.high - high)", "p.sum"),
+        "elements past the row": ("i < count ? expf(x[i] - four.high) : 0.0f", "expf(x[i] - four.high)"),
+        "one-hot beside the target": ("col + i == target ?", "col + i == target + 1 ?"),
+    },
+    ("head.cu", "check_column_bounds"): {
+        "bounds without underflow": ("lost = terms * 1.1754944e-38f", "lost = 0.0f"),
+        "bounds rounded down": ("upwards = 1.0f +", "upwards = 1.0f -"),
+        "signs cancel": ("fabsf(d[i])", "d[i]"),
+    },
+}
+"""(file, check): {name: (what the source says, what it might have said)}."""
