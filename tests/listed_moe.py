@@ -33,8 +33,12 @@ class ListedExperts(nn.Module):
         for i, expert in enumerate(self.experts):
             token, slot = torch.where(chosen == i)
             if len(token):
-                out.index_add_(0, token, expert(self.rows(x, token)) * weights[token, slot, None])
+                found = self.call(expert, self.rows(x, token))
+                out.index_add_(0, token, found * weights[token, slot, None])
         return out.view_as(hidden)
+
+    def call(self, expert: nn.Module, rows: Tensor) -> Tensor:
+        return expert(input=rows) if self.dispatch == "keyword" else expert(rows)
 
     def rows(self, x: Tensor, token: Tensor) -> Tensor:
         if self.dispatch == "index":
@@ -45,6 +49,10 @@ class ListedExperts(nn.Module):
             return x.index_select(0, token)
         if self.dispatch == "mask":
             return x[torch.zeros(len(x), dtype=torch.bool).index_fill(0, token, True)]
+        if self.dispatch == "keyword":
+            return x[token]
+        if self.dispatch == "repeat":
+            return x.repeat_interleave(2, dim=0)[2 * token + 1]
         assert self.dispatch == "matrix"
         return nn.functional.one_hot(token, len(x)).to(x.dtype) @ x
 

@@ -154,3 +154,15 @@ def test_adapters_without_a_rule_are_refused_by_name(options, message):
     base = adapted("mixtral", **options).get_base_model()
     with pytest.raises(ConfigError, match=message):
         resolve_targets(["adapters"], dissect(base))
+
+
+def test_adapters_that_take_no_part_are_refused_by_name():
+    model = adapted("llama")
+    model.add_adapter("other", LoraConfig(r=2, target_modules=MODULES["llama"], init_lora_weights=False))
+    anatomy = dissect(model.get_base_model())
+    with pytest.raises(ConfigError, match=r"lora_A\.other\.weight, and adapter 'other' has no part"):
+        resolve_targets(["adapters"], anatomy)
+    assert resolve_targets({"used": r".*lora_.\.default\..*"}, anatomy).members["used"]
+    model.merge_adapter()
+    with pytest.raises(ConfigError, match="adapter 'default' has no part"):
+        resolve_targets({"used": r".*lora_.\.default\..*"}, anatomy)

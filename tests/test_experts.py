@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def test_gradient_checkpointing(architecture, reentrant, frozen):
     assert_equal(stats, targets, model, rows)
 
 
-@pytest.mark.parametrize("dispatch", ["index", "row", "index_select", "mask"])
+@pytest.mark.parametrize("dispatch", ["index", "row", "index_select", "mask", "keyword"])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_listed_experts(dispatch, frozen):
     model = listed(dispatch)
@@ -79,9 +80,23 @@ def test_an_expert_without_tokens_has_a_zero_gradient():
             assert 0.0 in [found.norm().item() for found in stats.values()]
 
 
-def test_a_dispatch_that_cannot_be_followed_is_refused_by_name():
+@pytest.mark.parametrize("dispatch", ["matrix", "repeat"])
+def test_a_dispatch_that_cannot_be_followed_is_refused_by_name(dispatch):
     with pytest.raises(ConfigError, match=r"model\.layers\.\d\.mlp\.experts\.\d gets its tokens in a way"):
-        probe(listed("matrix"), Rows.random(3), ["experts"])
+        probe(listed(dispatch), Rows.random(3), ["experts"])
+
+
+def test_nothing_of_a_pass_is_kept_behind_it():
+    def hidden_states() -> int:
+        gc.collect()
+        return sum(isinstance(x, Tensor) and x.shape == (2, 6, 16) for x in gc.get_objects())
+
+    model, before = listed(), hidden_states()
+    reader = LayerReader(model, ["model.layers.0.mlp.experts.0.0.weight"], lambda *_: None)
+    with reader.batch(BatchLayout((6, 6), 6)):
+        model(input_ids=torch.arange(12).view(2, 6)).logits.sum().backward()
+    assert hidden_states() == before
+    reader.detach()
 
 
 def test_where_experts_see_all_tokens_they_are_ordinary_layers():

@@ -317,3 +317,37 @@ def test_an_error_in_training_takes_the_hooks_off(tmp_path):
     with pytest.raises(RuntimeError, match="the user's own"):
         trainer.train()
     assert not hooks_of_ours(trainer.model)
+
+
+class Fail(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        raise RuntimeError("the user's own")
+
+
+def test_a_training_after_one_that_failed_elsewhere(tmp_path):
+    """The callback hears of no error outside its step; the next training must not be read twice."""
+    rows = Rows.random(NUM_ROWS)
+    trainer = Trainer(
+        tiny_model("llama"), arguments(tmp_path), train_dataset=dataset_of(rows), data_collator=collate
+    )
+    trainer.add_callback(ScoreTableCallback(trainer, tmp_path / "run"))
+    trainer.add_callback(Fail())
+    with pytest.raises(RuntimeError, match="the user's own"):
+        trainer.train()
+    trainer.remove_callback(Fail)
+    trainer.train()
+    assert pq.read_table(tmp_path / "run" / "scores.parquet").num_rows == NUM_ROWS
+    assert not hooks_of_ours(trainer.model)
+
+
+def test_a_dataset_that_is_exchanged_before_training(tmp_path):
+    trainer = Trainer(
+        tiny_model("llama"),
+        arguments(tmp_path),
+        train_dataset=dataset_of(Rows.random(NUM_ROWS)),
+        data_collator=collate,
+    )
+    trainer.add_callback(ScoreTableCallback(trainer, tmp_path / "run"))
+    trainer.train_dataset = dataset_of(Rows.random(4))
+    trainer.train()
+    assert pq.read_table(tmp_path / "run" / "scores.parquet").num_rows == 4

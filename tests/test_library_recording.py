@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from library_cases import batch_of, check, gradients_of
-from tiny import Rows, autograd_loss, five, tiny_model
+from tiny import Rows, autograd_loss, five, tiny_llava, tiny_model
 from torch import nn
 from transformers import LlamaForSequenceClassification
 from trl.trainer.utils import add_fused_lm_head
@@ -326,3 +326,64 @@ def test_fused_lm_head_with_another_loss():
     """As TRL's `dft` loss does, it weighs the tokens of a sample differently."""
     with pytest.raises(ConfigError, match="tokens of a sample have different weights"):
         fused(tiny_model("llama"), batch_of(Rows.random(3)), ["lm_head"], power=2.0)
+
+
+def test_images_belong_to_whose_tokens_they_are():
+    """Two in the first row, none in the second: as many as there are samples."""
+    model = tiny_llava().double()
+    ids = torch.arange(42).view(3, 14) + 3
+    ids[0, 1:9], ids[2, 1:5] = 60, 60
+    batch = {"input_ids": ids, "labels": ids.masked_fill(ids == 60, -100)}
+    images = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    with grads_dist.record(model, ["embedding", "lm_head", "layers"]) as recording:
+        model(**batch, pixel_values=images).loss.backward()
+    oracle = []
+    for i, own in enumerate((images[:2], None, images[2:])):
+        model.zero_grad()
+        model(**{name: x[i : i + 1] for name, x in batch.items()}, pixel_values=own).loss.backward()
+        oracle.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    check(recording.statistics(), recording.targets, oracle, THROUGH_FLOAT32)
+
+
+def test_one_recording_inside_another():
+    model, rows = tiny_model("mixtral"), Rows.random(3)
+    model.config._experts_implementation = "eager"
+    kinds = ["layers", "experts", "lm_head"]
+    with grads_dist.record(model, kinds) as outer, grads_dist.record(model, kinds) as inner:
+        model(**batch_of(rows)).loss.backward()
+    first, second = outer.statistics(), inner.statistics()
+    for target in first:
+        assert torch.equal(first[target].sumsq, second[target].sumsq), target
+    assert model.config._experts_implementation == "eager"
+    assert not any("forward" in vars(m) or m._forward_hooks for m in model.modules())
+
+
+def test_a_loss_that_a_model_forms_in_bfloat16():
+    """As models with code of their own do: its rounding is no other loss."""
+    model, rows = tiny_model("llama").bfloat16(), Rows.random(3)
+
+    def own(logits, labels, **_):
+        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+    model.loss_function = own
+    with grads_dist.record(model, ["lm_head"]) as recording:
+        model(**batch_of(rows)).loss.backward()
+    assert recording.factors.sum().item() == pytest.approx(1)
+    model.loss_function = lambda *args, **kwargs: 1.1 * own(*args, **kwargs)
+    with pytest.raises(ConfigError, match="something else is in it"), grads_dist.record(model, ["lm_head"]):
+        model(**batch_of(rows))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_a_copy_made_meanwhile_is_a_model_of_its_own(architecture):
+    """As of averaged weights: it must not compute with those of the model that is read."""
+    model, batch = tiny_model(architecture), batch_of(Rows.random(3))
+    with grads_dist.record(model, ["layers", "lm_head"]):
+        copied = copy.deepcopy(model)
+        expected = model(**batch).loss.item()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        assert copied(**batch).loss.item() == pytest.approx(expected, rel=1e-6)
+    with torch.no_grad():
+        assert copied(**batch).loss.item() == pytest.approx(expected, rel=1e-6)

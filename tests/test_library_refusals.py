@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import IterableDataset
 from library_cases import batch_of, collate, dataset_of
-from peft import PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from test_library_callback import arguments
 from tiny import Rows, tiny_model
 from torch import nn
@@ -35,6 +35,7 @@ BATCHES = {
     "shift_labels": {"shift_labels": torch.zeros(1, 5, dtype=torch.long)},
     "a label is predicted from padding": {"attention_mask": torch.tensor([[0, 1, 1, 1, 1]])},
     "output_router_logits": {"output_router_logits": True},
+    "allowed: return_dict=True": {"return_dict": False},
 }
 
 
@@ -99,6 +100,10 @@ def prompt_tuning() -> nn.Module:
     return get_peft_model(tiny_model("llama"), config)
 
 
+def with_adapter(*modules: str, **options) -> nn.Module:
+    return get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj", *modules], **options))
+
+
 MODELS = {
     "DataParallel": lambda: nn.DataParallel(nn.Linear(2, 2)),
     "torch.compile, whose graph": lambda: torch.compile(nn.Linear(2, 2)),
@@ -108,6 +113,9 @@ MODELS = {
     "sequence parallelism": DeepSpeedEngine,
     "Liger": liger,
     "PROMPT_TUNING": prompt_tuning,
+    # Else it would be a module like any other, whose labels and padding mean nothing.
+    "LM head of type peft.*ModulesToSaveWrapper": lambda: with_adapter(modules_to_save=["lm_head"]),
+    "LM head of type peft.*lora": lambda: with_adapter("lm_head"),
 }
 
 
@@ -178,6 +186,28 @@ def test_datasets_without_row_numbers(tmp_path):
     trainer = trainer_of(tmp_path, options={"max_steps": 1}, dataset=stream)
     with pytest.raises(ConfigError, match="train_dataset is a IterableDataset"):
         grads_dist.ScoreTableCallback(trainer, tmp_path / "run")
+
+
+def test_rows_that_are_no_dictionaries(tmp_path):
+    rows = [(torch.tensor([1, 2]), torch.tensor([1, 2]))]
+    trainer = Trainer(tiny_model("llama"), arguments(tmp_path), train_dataset=rows, data_collator=collate)
+    trainer.add_callback(grads_dist.ScoreTableCallback(trainer, tmp_path / "run"))
+    with pytest.raises(ConfigError, match="rows of train_dataset are of type tuple"):
+        trainer.train()
+
+
+def test_a_callback_belongs_to_one_trainer(tmp_path):
+    rows = dataset_of(Rows.random(4))
+    first, second = (
+        Trainer(tiny_model("llama"), arguments(tmp_path), train_dataset=rows, data_collator=collate)
+        for _ in range(2)
+    )
+    callback = grads_dist.ScoreTableCallback(first, tmp_path / "run")
+    with pytest.raises(ConfigError, match="the trainer has one already"):
+        grads_dist.ScoreTableCallback(first, tmp_path / "other")
+    second.add_callback(callback)
+    with pytest.raises(ConfigError, match="added to another trainer than it was made for"):
+        second.train()
 
 
 def test_epochs_that_are_not_whole(tmp_path):

@@ -12,6 +12,7 @@ from tiny import Rows, autograd_loss, tiny_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from grads_dist.errors import ConfigError
 from grads_dist.stats.layers import LayerReader
 from grads_dist.stats.segments import BatchLayout
 from grads_dist.stats.shared import _SharedLinear
@@ -187,3 +188,22 @@ def test_weights_frozen_later_are_still_read():
         model.requires_grad_(False)
     for name, (before, after) in found.items():
         torch.testing.assert_close(before.sumsq, after.sumsq, msg=name)
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_a_forward_pass_of_a_layers_own_stays(factor):
+    """Training goes on with it; what it computes must be known to be read."""
+    model, x = network().double(), torch.randn(2, 4, 5, dtype=torch.float64)
+    expected = copy.deepcopy(model)
+    for net in (model, expected):
+        net[0].forward = lambda y, layer=net[0]: factor * nn.functional.linear(y, layer.weight, layer.bias)
+    backward(expected, x)
+    seen = Seen(model)
+    with seen.reader.batch(BatchLayout((4, 4), 4)):
+        if factor != 1:
+            with pytest.raises(ConfigError, match=r"0 \(Linear\) does not compute what"):
+                backward(model, x)
+            return
+        backward(model, x)
+    assert "0.weight" in seen.names
+    assert_same_gradients(model, expected, EXACT)

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from tiny import Rows, tiny_model
+from tiny import Rows, tiny_llava, tiny_model
 from torch import Tensor, nn
 
 from grads_dist.errors import ConfigError
@@ -14,6 +14,7 @@ from grads_dist.model.anatomy import dissect
 from grads_dist.model.probed import ProbedModel
 from grads_dist.probe.batches import collate
 from grads_dist.stats.recorder import Recorder
+from grads_dist.stats.rules import rule_for
 from grads_dist.stats.targets import TIED, resolve_targets
 
 
@@ -176,3 +177,43 @@ def test_a_module_that_no_gradient_reaches_is_named(llama):
     mlp.forward = lambda x: mlp.down_proj(mlp.up_proj(x))
     with pytest.raises(ConfigError, match=r"no gradient reached model\.layers\.0\.mlp\.gate_proj"):
         backward(llama, ["layers"])
+
+
+class SomeRMSNorm(nn.Module):
+    """Normalises each of `groups` parts by itself, as some models' norms do in some places."""
+
+    def __init__(self, dim: int, groups: int) -> None:
+        super().__init__()
+        self.eps, self.groups = 1e-6, groups
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = x.unflatten(-1, (self.groups, -1))
+        scale = torch.rsqrt(parts.square().mean(-1, keepdim=True) + self.eps)
+        return (parts * scale).flatten(-2) * self.weight
+
+
+def test_a_class_known_by_name_is_checked_in_every_place(llama):
+    for layer in llama.model.layers:
+        layer.input_layernorm = SomeRMSNorm(16, 1)
+    backward(llama, {"norms": r".*input_layernorm\..*"})
+    llama.model.layers[1].input_layernorm.groups = 2
+    with pytest.raises(
+        ConfigError, match=r"layers\.1\.input_layernorm \(SomeRMSNorm\) does not compute what"
+    ):
+        backward(llama, {"norms": r".*input_layernorm\..*"})
+
+
+def test_a_layer_norm_over_several_axes_has_no_rule():
+    assert rule_for(nn.LayerNorm(4), "weight") is not None
+    assert rule_for(nn.LayerNorm((3, 4)), "weight") is None
+
+
+def test_the_layers_are_those_of_the_text():
+    """An image encoder may come first, with as many."""
+    model = tiny_llava()
+    targets = resolve(model, ["layers"])
+    assert targets.members["layers.0"][0].startswith("model.language_model.layers.0.")
+    for wanted in (["linear"], {"images": r".*vision_tower.*fc1.*"}, {"bridge": r".*projector.*"}):
+        with pytest.raises(ConfigError, match=r"outside model\.language_model reads no tokens"):
+            resolve(model, wanted)

@@ -79,6 +79,16 @@ def tiny_model(name: str, **overrides: object) -> nn.Module:
     return model
 
 
+def tiny_llava() -> nn.Module:
+    """A model that takes images of 2 x 2 patches, each at four tokens 60, with two layers for both."""
+    torch.manual_seed(0)
+    shared = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = transformers.LlamaConfig(vocab_size=VOCAB, pad_token_id=0, **shared)
+    vision = transformers.CLIPVisionConfig(image_size=8, patch_size=4, **shared)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=60)
+    return transformers.LlavaForConditionalGeneration(config)
+
+
 @dataclass
 class Rows:
     """Random rows as a token source; the last token id of the vocabulary never occurs."""

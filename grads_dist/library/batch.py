@@ -72,8 +72,16 @@ class RecordedBatch:
             with torch.no_grad():
                 self.losses, self.el2n = losses_of(logits, labels)
                 if self._check:
-                    check_model_loss(loss, self.losses, labels, torch.float32)
-            loss.register_hook(self._take_loss_gradient)
+                    # Some models form it in the 16 bits of their logits.
+                    coarse = loss.dtype if loss.dtype.itemsize == 2 else torch.float32
+                    check_model_loss(loss, self.losses, labels, coarse)
+            if loss.requires_grad:
+                loss.register_hook(self._take_loss_gradient)
+        else:
+            raise ConfigError(
+                "record: the model is given labels and returns no output with a loss and logits; allowed: "
+                "return_dict=True"
+            )
 
     def watch_losses(self, losses: Tensor) -> None:
         """Learn each sample's factor from the gradient at its loss [S]."""

@@ -67,7 +67,7 @@ class ScoreTableCallback(TrainerCallback):
         self._rundir.check(overwrite)
         self._recording: Recording | None = None
         self._table: EpochTable | None = None
-        self._num_rows = len(trainer.train_dataset)
+        self._num_rows = 0
         self._loader, self._step = trainer.get_train_dataloader, trainer.training_step
         trainer.get_train_dataloader, trainer.training_step = self._numbered_loader, self._training_step
 
@@ -77,8 +77,13 @@ class ScoreTableCallback(TrainerCallback):
         """Make the run directory and attach to the model, now that it is wrapped."""
         if self._done:
             return
-        self._check_epoch(args, state, kwargs["train_dataloader"])
+        # What an earlier training left that an error ended elsewhere, where no callback hears of it.
+        self._detach()
         trainer = self._trainer
+        if args is not trainer.args:
+            raise ConfigError("ScoreTableCallback: added to another trainer than it was made for")
+        self._check_epoch(args, state, kwargs["train_dataloader"])
+        self._num_rows = len(trainer.train_dataset)
         self._recording = Recording(trainer.model_wrapped, self._targets)
         try:
             self._on_main(self._prepare)

@@ -6,7 +6,7 @@ batch leaves the collator with the facts of its rows, which are taken out before
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -44,14 +44,23 @@ class NumberedRows(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Row `index` with its number."""
-        return {**self._rows[index], KEY: index}
+        return _with_number(self._rows[index], index)
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Several rows at once, as the dataset itself reads them."""
         if not hasattr(self._rows, "__getitems__"):
             return [self[index] for index in indices]
         rows = self._rows.__getitems__(indices)
-        return [{**row, KEY: index} for row, index in zip(rows, indices, strict=True)]
+        return [_with_number(row, index) for row, index in zip(rows, indices, strict=True)]
+
+
+def _with_number(row: Any, index: int) -> dict[str, Any]:
+    if not isinstance(row, Mapping):
+        raise ConfigError(
+            f"ScoreTableCallback: rows of train_dataset are of type {type(row).__name__}; allowed: "
+            f"dictionaries"
+        )
+    return {**row, KEY: index}
 
 
 class FactsCollator:

@@ -16,6 +16,8 @@ def check_trainer(trainer: Any) -> None:
 
 
 def _faults(trainer: Any) -> Iterator[str]:
+    if hasattr(getattr(trainer.training_step, "__self__", None), "on_train_begin"):
+        yield "the trainer has one already; allowed: one, with all targets"
     yield from _data_faults(trainer)
     yield from _loss_faults(trainer)
     yield from _parallelism_faults(trainer)

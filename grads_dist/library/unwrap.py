@@ -47,12 +47,12 @@ def anatomy_of(module: nn.Module) -> Anatomy:
 
 
 def is_causal_lm(module: nn.Module) -> bool:
-    """Whether this is a transformers model with a body and a linear head over its vocabulary."""
+    """Whether this is a transformers model with a body and a head over its vocabulary."""
     return (
         isinstance(module, PreTrainedModel)
         and not module.config.is_encoder_decoder
         and module.base_model is not module
-        and isinstance(module.get_output_embeddings(), nn.Linear)
+        and module.get_output_embeddings() is not None
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import cast
 
@@ -40,6 +41,14 @@ class Anatomy:
         return cast(nn.Linear, self.model.get_submodule(self.head_name))
 
     @property
+    def text_part(self) -> str:
+        """Of a model that takes more than text, the name of what its tokens go through; else empty."""
+        if not self.layers or self.model.config.get_text_config() is self.model.config:
+            return ""
+        paths = [name.split(".") for name in (self.embedding_name, *self.layers)]
+        return ".".join(os.path.commonprefix(paths))
+
+    @property
     def vocab_size(self) -> int:
         """V, rows of the LM head, also where ZeRO-3 keeps only a shard of them here."""
         weight = self.head.weight
@@ -66,12 +75,10 @@ def dissect(model: PreTrainedModel) -> Anatomy:
     head = model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding):
         raise ConfigError(
-            f"model: {kind} has an input embedding of type {type(embedding).__name__}, which has no rule"
+            f"model: {kind} has an input embedding of type {_type_of(embedding)}, which has no rule"
         )
     if not isinstance(head, nn.Linear):
-        raise ConfigError(
-            f"model: {kind} has an LM head of type {type(head).__name__}; a linear one is needed"
-        )
+        raise ConfigError(f"model: {kind} has an LM head of type {_type_of(head)}; a linear one is needed")
     if model.base_model is model:
         raise ConfigError(f"model: {kind} does not separate its body from its LM head")
     return Anatomy(
@@ -84,12 +91,24 @@ def dissect(model: PreTrainedModel) -> Anatomy:
     )
 
 
+def _type_of(module: object) -> str:
+    """A type's name, with where it is from: PEFT's layers are called as those they replace."""
+    kind = type(module)
+    return kind.__name__ if kind.__module__.startswith("torch.") else f"{kind.__module__}.{kind.__name__}"
+
+
 def _decoder_layers(model: PreTrainedModel, names: dict[int, str]) -> tuple[str, ...]:
-    """Names of the decoder layers: the outermost module list with one module a hidden layer."""
+    """Names of the decoder layers: the outermost module list with one module a hidden layer.
+
+    Searched for from the input embedding outwards, as an image encoder may have layers of the same number.
+    """
     depth = model.config.get_text_config().num_hidden_layers
-    for module in model.base_model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth and _is_layer(model, module[0]):
-            return tuple(names[id(layer)] for layer in module)
+    part = names[id(model.get_input_embeddings())]
+    while part:
+        part = part.rpartition(".")[0]
+        for module in model.get_submodule(part).modules():
+            if isinstance(module, nn.ModuleList) and len(module) == depth and _is_layer(model, module[0]):
+                return tuple(names[id(layer)] for layer in module)
     return ()
 
 

@@ -7,7 +7,8 @@ layer and pass, also when gradient checkpointing runs the forward twice.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from copy import deepcopy
+from functools import update_wrapper
 from typing import Any
 
 import torch
@@ -54,6 +55,11 @@ def captured(layer_input: Tensor, output: Tensor, sink: Sink) -> Tensor:
     return _Capture.apply(output, layer_input.detach(), sink)
 
 
+def first_input(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """A module's first argument, by place or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 def tap_output(module: nn.Module, tap: Tap) -> Callable[[], None]:
     """Pass a module's first input and its output through `tap` in every forward pass that records
     gradients; returns what undoes it."""
@@ -61,10 +67,26 @@ def tap_output(module: nn.Module, tap: Tap) -> Callable[[], None]:
     def hook(_: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
         if not torch.is_grad_enabled():
             return None
-        return tap(args[0] if args else next(iter(kwargs.values())), output)
+        return tap(first_input(args, kwargs), output)
 
     # Before DeepSpeed's hooks, which let go of the weight that a check of the layer needs.
     return module.register_forward_hook(hook, with_kwargs=True, prepend=True).remove
+
+
+class Replacement:
+    """What stands in for a module's forward pass; a deep copy of the module gets the module's own instead."""
+
+    def __init__(self, call: Callable[..., Any], forward: Callable[..., Any]) -> None:
+        update_wrapper(self, forward)
+        self._call, self._forward = call, forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's output."""
+        return self._call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """The copied module's own forward pass: ours would compute with the weights of the original."""
+        return deepcopy(self._forward, memo)
 
 
 def tap_call(
@@ -78,7 +100,6 @@ def tap_call(
     """
     forward, owned = module.forward, "forward" in vars(module)
 
-    @wraps(forward)
     def watched(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() or not active():
             return forward(*args, **kwargs)
@@ -90,7 +111,7 @@ def tap_call(
         finally:
             nn.functional.linear = patched
 
-    module.forward = watched
+    module.forward = Replacement(watched, forward)
 
     def undo() -> None:
         # The class' own again, unless an instance had its own before.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -37,7 +38,7 @@ class Routed:
 Sink = Callable[[str, Tensor, Tensor, Routed], None]
 """Takes a parameter's local name, its input rows, the gradient at its output rows, and whose they are."""
 
-_WATCHED: WeakKeyDictionary[nn.Module, Callable[[], Sink | None]] = WeakKeyDictionary()
+_WATCHED: WeakKeyDictionary[nn.Module, list[Callable[[], Sink | None]]] = WeakKeyDictionary()
 
 
 def is_fused_experts(module: nn.Module) -> bool:
@@ -53,13 +54,14 @@ def expert_parameters(module: nn.Module) -> tuple[str, ...]:
 
 def watch_experts(module: nn.Module, sink: Callable[[], Sink | None]) -> Callable[[], None]:
     """Have the layer's inside read in every forward pass for which `sink()` is not None; returns the undo."""
-    _WATCHED[module] = sink
+    watchers = _WATCHED.setdefault(module, [])
+    watchers.append(sink)
     config: Any = module.config
     before = config._experts_implementation
     config._experts_implementation = IMPLEMENTATION
 
     def undo() -> None:
-        _WATCHED.pop(module, None)
+        watchers.remove(sink)
         if before != IMPLEMENTATION:
             config._experts_implementation = before
 
@@ -85,13 +87,13 @@ def experts_forward(self: Any, hidden_ND: Tensor, experts_NK: Tensor, weights_NK
     experts_R, order_R = torch.sort(experts_NK.flatten(), stable=True)
     counts = torch.bincount(experts_R, minlength=self.num_experts).tolist()
     routed = Routed(order_R // top_k, experts_R, Segments(tuple(counts)))
-    watcher = _WATCHED.get(self)
-    sink = watcher() if watcher is not None and torch.is_grad_enabled() else None
+    watchers = _WATCHED.get(self, []) if torch.is_grad_enabled() else []
+    sinks = [sink for watcher in watchers if (sink := watcher()) is not None]
 
     up = "gate_up_proj" if self.has_gate else "up_proj"
-    rows_RF = _linear(self, up, hidden_ND.index_select(0, routed.tokens_R), routed, sink)
+    rows_RF = _linear(self, up, hidden_ND.index_select(0, routed.tokens_R), routed, sinks)
     rows_RF = self._apply_gate(rows_RF) if self.has_gate else self.act_fn(rows_RF)
-    rows_RD = _linear(self, "down_proj", rows_RF, routed, sink)
+    rows_RD = _linear(self, "down_proj", rows_RF, routed, sinks)
     if self.has_post_expert_norm:
         rows_RD = self.post_expert_norm(rows_RD)
     rows_RD = rows_RD * weights_NK.flatten()[order_R][:, None]
@@ -100,8 +102,8 @@ def experts_forward(self: Any, hidden_ND: Tensor, experts_NK: Tensor, weights_NK
     return rows_RD[back_R].view(num_tokens, top_k, -1).sum(1).to(hidden_ND.dtype)
 
 
-def _linear(layer: Any, parameter: str, x_RD: Tensor, routed: Routed, sink: Sink | None) -> Tensor:
-    """Every row through its expert's linear map, captured for `sink`."""
+def _linear(layer: Any, parameter: str, x_RD: Tensor, routed: Routed, sinks: list[Sink]) -> Tensor:
+    """Every row through its expert's linear map, captured for all `sinks`."""
     weight = getattr(layer, parameter)
     weight_EDP = weight if layer.is_transposed else weight.transpose(1, 2)
     if x_RD.is_cuda and weight.dtype == torch.bfloat16:
@@ -112,9 +114,14 @@ def _linear(layer: Any, parameter: str, x_RD: Tensor, routed: Routed, sink: Sink
         output_RP = torch.cat([rows @ matrix for rows, matrix in parts])
     if layer.has_bias:
         output_RP = output_RP + getattr(layer, f"{parameter}_bias")[routed.experts_R]
-    if sink is None:
-        return output_RP
-    return captured(x_RD, output_RP, lambda a, b: sink(parameter, a, b, routed))
+    for sink in sinks:
+        take = partial(_hand_on, sink, parameter, routed)
+        output_RP = captured(x_RD, output_RP, take)
+    return output_RP
+
+
+def _hand_on(sink: Sink, parameter: str, routed: Routed, a_RD: Tensor, b_RP: Tensor) -> None:
+    sink(parameter, a_RD, b_RP, routed)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)

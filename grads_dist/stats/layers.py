@@ -43,7 +43,7 @@ class LayerReader:
         self._model, self._consume, self._share = model, consume, share
         self._layout: BatchLayout | None = None
         self._seen: set[tuple[str, str]] = set()
-        self._checked: set[type[nn.Module]] = set()
+        self._checked: set[str] = set()
         self._wanted: dict[str, set[str]] = {}
         for parameter in sorted(parameters):
             owner, _, local = parameter.rpartition(".")
@@ -64,6 +64,7 @@ class LayerReader:
             yield
         finally:
             self._layout = None
+            self._routed.forget()
 
     def complete(self, zero: Zero) -> None:
         """Hand out `zero` for the experts that no token of the last batch reached.
@@ -118,7 +119,8 @@ class LayerReader:
         layout = self._layout
         if layout is None:
             return None
-        if rule.check is not None and type(module) not in self._checked:
+        # Layer by layer: one class may compute different things, as its instances are told to.
+        if rule.check is not None and name not in self._checked and output.numel():
             with torch.no_grad():
                 fits = rule.check(module, layer_input, output)
             if not fits:
@@ -126,7 +128,7 @@ class LayerReader:
                     f"probe.targets: {name} ({type(module).__name__}) does not compute what a layer of its "
                     f"kind does, and has no rule; leave it out with a pattern"
                 )
-            self._checked.add(type(module))
+            self._checked.add(name)
         if isinstance(module, nn.Embedding) and layer_input.shape[0] == 1 < layout.num_samples:
             # One row of positions for all samples: each gets its own, as broadcasting would give it.
             layer_input = layer_input.expand(layout.num_samples, *layer_input.shape[1:])

@@ -111,7 +111,7 @@ def outer_product_stats(
     Args:
         b_NP, a_ND: float32 or bfloat16 on CPU, both of one type, rows contiguous.
         lengths: rows of every sample.
-        total_PD: float32; gets sum_s weights[s] G_s added.
+        total_PD: float32, rows contiguous; gets sum_s weights[s] G_s added.
         weights: one a sample; None for ones.
         variant: which of `variants()`; the best by default.
 
@@ -119,6 +119,10 @@ def outer_product_stats(
     nothing.
     """
     assert b_NP.dtype == a_ND.dtype
+    if total_PD is not None:
+        # The kernel writes there, whatever it is.
+        assert total_PD.dtype == torch.float32 and total_PD.shape == (b_NP.shape[1], a_ND.shape[1])
+        assert total_PD.stride(1) == 1 or total_PD.shape[1] == 1, "rows of the total are not contiguous"
     offsets = _offsets(lengths)
     found = _Results(len(lengths))
     factors = None if weights is None else torch.tensor(weights, dtype=torch.float32)

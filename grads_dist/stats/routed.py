@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from grads_dist.errors import ConfigError
+from grads_dist.stats.capture import first_input
 
 _PASSED_THROUGH = (
     "View",
@@ -59,7 +60,12 @@ def _index_of(node: Any) -> Tensor | None:
 def _copies(rows_RD: Tensor, batch_ND: Tensor, index: Tensor) -> bool:
     """The graph may have been misread; the values cannot be."""
     rows = rows_RD.detach().reshape(-1, rows_RD.shape[-1])
-    return index.dim() == 1 and torch.equal(batch_ND.detach().reshape(-1, rows.shape[-1])[index], rows)
+    batch = batch_ND.detach().reshape(-1, rows.shape[-1])
+    if index.dim() != 1 or len(index) != len(rows):
+        return False
+    # It may be one of a tensor with every token several times.
+    inside = not len(index) or int(index.max()) < len(batch)
+    return inside and torch.equal(batch[index], rows)
 
 
 def expert_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -113,10 +119,12 @@ class RoutedModules:
             self._expert_of.update(experts)
             if not experts:
                 continue
-            self._handles.append(block.register_forward_pre_hook(partial(self._enter_block, block_name)))
+            enter = partial(self._enter_block, block_name)
+            self._handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
             for expert in sorted(set(experts.values())):
                 hook = partial(self._enter_expert, block_name, expert)
-                self._handles.append(model.get_submodule(expert).register_forward_pre_hook(hook))
+                handle = model.get_submodule(expert).register_forward_pre_hook(hook, with_kwargs=True)
+                self._handles.append(handle)
 
     def may_be_idle(self, name: str) -> bool:
         """Whether a batch need not reach the module `name`."""
@@ -131,20 +139,26 @@ class RoutedModules:
         for handle in self._handles:
             handle.remove()
 
-    def _enter_block(self, name: str, _: nn.Module, args: tuple) -> tuple | None:
+    def forget(self) -> None:
+        """Let go of the last pass' inputs."""
+        self._inputs, self._rows = {}, {}
+
+    def _enter_block(self, name: str, _: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if not self._active() or not torch.is_grad_enabled():
             return None
-        hidden = args[0]
+        hidden = first_input(args, kwargs)
         if not hidden.requires_grad:
             # Without a graph nobody could say which rows an expert gets.
             hidden = hidden.detach().requires_grad_(True)
         self._inputs[name] = hidden.detach()
-        return (hidden, *args[1:])
+        if args:
+            return (hidden, *args[1:]), kwargs
+        return (), {**kwargs, next(iter(kwargs)): hidden}
 
-    def _enter_expert(self, block: str, expert: str, _: nn.Module, args: tuple) -> None:
+    def _enter_expert(self, block: str, expert: str, _: nn.Module, args: tuple, kwargs: dict) -> None:
         if not self._active() or not torch.is_grad_enabled():
             return
-        batch, rows = self._inputs[block], args[0]
+        batch, rows = self._inputs[block], first_input(args, kwargs)
         if rows.numel() == batch.numel() and torch.equal(rows.detach().flatten(), batch.flatten()):
             self._rows[expert] = None
             return

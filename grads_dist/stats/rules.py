@@ -42,7 +42,7 @@ class Rule:
         call: the function inside the layer's forward whose first argument and output are read; None for
             those of the layer itself.
         check: whether the layer's output is what the rule supposes of a layer known by name alone; called
-            with (module, input, output) in the first forward pass of a type.
+            with (module, input, output) in the layer's first forward pass.
     """
 
     gradients: Gradients
@@ -74,7 +74,16 @@ def rule_for(module: nn.Module, parameter: str) -> Rule | None:
     transformers has its own class for the same norm, and some for the same linear layer, embedding or router.
     """
     found = RULES.get(type(module)) or _known_by_kind(module, parameter)
+    if type(module) is nn.Linear and has_own_forward(module):
+        found = Rule(linear, check=check_linear)
+    if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
+        return None  # Its gain has a token axis, over which the rule would sum.
     return found if found is not None and parameter in found.parameters else None
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether somebody has replaced the forward pass of this one module, which may then do anything."""
+    return "forward" in vars(module)
 
 
 def _known_by_kind(module: nn.Module, parameter: str) -> Rule | None:

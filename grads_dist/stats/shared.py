@@ -15,15 +15,16 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from grads_dist.stats.capture import LINEAR, Tap
+from grads_dist.stats.capture import LINEAR, Replacement, Tap, first_input
 
 WeightSink = Callable[[Tensor, Tensor], Tensor]
 """Takes a layer's input and the gradient at its output; gives the weight's gradient [outputs, inputs]."""
 
 
 def can_share(module: nn.Module) -> bool:
-    """Whether the layer is a plain linear one whose weight is being trained."""
-    return type(module) in (nn.Linear, Conv1D) and bool(module.weight.requires_grad)
+    """Whether the layer is a plain linear one, by its class' own forward, whose weight is being trained."""
+    plain = type(module) in (nn.Linear, Conv1D) and "forward" not in vars(module)
+    return plain and bool(module.weight.requires_grad)
 
 
 def share_gradient(
@@ -33,26 +34,23 @@ def share_gradient(
 
     Where the weight has been frozen since, the output goes through `tap` instead.
     """
-    forward, owned = module.forward, "forward" in vars(module)
+    forward = module.forward
     transposed = isinstance(module, Conv1D)
 
     def shared(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() or not active():
             return forward(*args, **kwargs)
-        layer_input = args[0] if args else next(iter(kwargs.values()))
+        layer_input = first_input(args, kwargs)
         if not module.weight.requires_grad:
             output = forward(layer_input)
             replaced = tap(layer_input, output)
             return output if replaced is None else replaced
         return _SharedLinear.apply(layer_input, module.weight, module.bias, transposed, sink)
 
-    module.forward = shared
+    module.forward = Replacement(shared, forward)
 
     def undo() -> None:
-        if owned:
-            module.forward = forward
-        else:
-            del module.forward
+        del module.forward
 
     return undo
 

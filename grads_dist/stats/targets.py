@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -141,6 +142,7 @@ def _match(name: str, pattern: str, sizes: dict[str, int], anatomy: Anatomy) -> 
 
 def _check_rules(target: str, parameters: Sequence[str], anatomy: Anatomy) -> None:
     shared = _shared_parameters(anatomy)
+    inside = f"{anatomy.text_part}." if anatomy.text_part else ""
     special = {TIED, f"{anatomy.head_name}.weight", f"{anatomy.head_name}.bias"}
     for parameter in parameters:
         if parameter in special:
@@ -151,6 +153,11 @@ def _check_rules(target: str, parameters: Sequence[str], anatomy: Anatomy) -> No
         )
         if fault is not None:
             raise ConfigError(f"probe.targets: {target!r} holds {parameter}, and {fault}")
+        if not parameter.startswith(inside):
+            raise ConfigError(
+                f"probe.targets: {target!r} holds {parameter}, and what lies outside {inside[:-1]} reads no "
+                f"tokens, so that samples cannot be told apart there; leave it out with a pattern"
+            )
         if parameter in shared:
             raise ConfigError(f"probe.targets: {target!r} holds {parameter}, which several layers share")
 
@@ -170,14 +177,19 @@ def _fault(owner: nn.Module, local: str) -> str | None:
 
 def _adapter_fault(model: nn.Module, parameter: str) -> str | None:
     """LoRA layers whose matrices are not modules that are called, but parts of a formula."""
-    owner, lora, _ = parameter.partition(".lora_")
+    owner, lora, rest = parameter.partition(".lora_")
     if not lora:
         return None
-    layer = model.get_submodule(owner)
+    layer: Any = model.get_submodule(owner)
+    if not hasattr(layer, "active_adapters"):
+        return None
     if type(layer).__name__ == "ParamWrapper":
         return f"LoRA on a bare parameter ({owner}) has no rule; leave it out with a pattern"
     if any(getattr(layer, "use_dora", {}).values()):
         return "DoRA has no rule; leave it out with a pattern"
+    adapter = rest.split(".")[1]
+    if adapter not in layer.active_adapters or layer.disable_adapters or layer.merged:
+        return f"adapter {adapter!r} has no part in the forward pass (inactive, merged or disabled)"
     return None
 
 
