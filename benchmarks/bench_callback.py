@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
-    logging.disable(logging.INFO)
+    logging.getLogger("grads_dist").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as temporary:
         rows = run(args, Path(temporary))
     name = "bench_callback_smoke" if args.smoke else f"bench_callback_{device().type}"
