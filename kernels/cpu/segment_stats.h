@@ -177,6 +177,11 @@ inline void run_group(const gd_outer_product& q, const Chunk& c, int64_t i_begin
       const int rows = static_cast<int>(lesser(q.num_b_cols - i * kRows, kRows));
       const bool whole = rows == kRows && cols == kCols;
       Tile sum{};
+      float* at_total = q.total ? q.total + i * kRows * q.ld_total + j * kCols : nullptr;
+      if (q.total) {
+        // Its rows lie far apart: fetched now, they are there when the products are.
+        for (int r = 0; r < rows; r++) __builtin_prefetch(at_total + r * q.ld_total, 1);
+      }
       for (int64_t s = c.first; s < c.last; s++) {
         const int64_t at = q.offsets[s] - c.begin, length = q.offsets[s + 1] - q.offsets[s];
         if (length == 0) continue;
@@ -191,11 +196,10 @@ inline void run_group(const gd_outer_product& q, const Chunk& c, int64_t i_begin
           whole_tile<false>(length, a_s, b_s, partial, weight, sum);
       }
       if (!q.total) continue;
-      float* at = q.total + i * kRows * q.ld_total + j * kCols;
       if (whole)
-        add_to_matrix_whole(sum, at, q.ld_total);
+        add_to_matrix_whole(sum, at_total, q.ld_total);
       else
-        add_to_matrix(sum, rows, cols, at, q.ld_total);
+        add_to_matrix(sum, rows, cols, at_total, q.ld_total);
     }
   }
 }
