@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -162,7 +163,8 @@ class ScoreTableCallback(TrainerCallback):
         if self._recording is None or self._table is None:
             return self._step(model, inputs, *args, **kwargs)
         recording, number = self._recording, self._trainer.state.global_step
-        try:
+        with ExitStack() as failing:
+            failing.callback(self._detach)
             with recording.reading():
                 loss = self._step(model, inputs, *args, **kwargs)
             if recording.factors is None or recording.loss is None or recording.el2n is None:
@@ -171,9 +173,7 @@ class ScoreTableCallback(TrainerCallback):
                 )
             head = HeadResult(losses=recording.loss, el2n=recording.el2n)
             self._table.add(facts, head, recording.statistics(), number)
-        except BaseException:
-            self._detach()
-            raise
+            failing.pop_all()
         return loss
 
     def _prepare(self) -> None:

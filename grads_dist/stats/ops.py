@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from grads_dist.stats import operators, reference
 from grads_dist.stats.backend import ROWS, backend_for
@@ -121,8 +121,8 @@ def vector_stats(x_ND: Tensor, segments: Segments, normalised: Normalised | None
         segments: rows of each sample; an empty sample has a zero gradient.
         normalised: the norm's input, packed likewise.
     """
-    runs = (1,) * len(segments)
-    return _row_sum_stats(x_ND, normalised, None, segments, runs)
+    run_offsets = torch.tensor(segments.offsets, dtype=torch.int64, device=x_ND.device)
+    return _row_sum_stats(x_ND, normalised, None, run_offsets, (1,) * len(segments))
 
 
 @dataclass(frozen=True)
@@ -132,14 +132,14 @@ class EmbeddingRows:
     Args:
         b_ND: gradient at the embedding's output, packed.
         order_N: its rows in ascending order of (sample, token), without the padding token.
-        runs: how many rows of that order each of the U pairs has.
+        run_offsets: where each of the U pairs begins in that order, int64 [U + 1].
         ids: token id of each pair, ascending within a sample.
         segments: how many pairs each sample has.
     """
 
     b_ND: Tensor
     order_N: Tensor
-    runs: Segments
+    run_offsets: Tensor
     ids: Tensor
     segments: Segments
 
@@ -148,10 +148,9 @@ class EmbeddingRows:
         """The sums [U, D], in the accumulation type."""
         dtype = accumulation_dtype(self.b_ND.dtype)
         ordered = self.b_ND.index_select(0, self.order_N).to(dtype)
-        if not len(self.runs):
+        if not len(self.ids):
             return ordered
-        lengths = self.runs.lengths_tensor(ordered.device)
-        return torch.segment_reduce(ordered, "sum", lengths=lengths, axis=0, initial=0.0)
+        return torch.segment_reduce(ordered, "sum", lengths=self.run_offsets.diff(), axis=0, initial=0.0)
 
 
 def embedding_rows(
@@ -167,7 +166,7 @@ def embedding_rows(
         positions = (ids_N != padding_idx).nonzero().squeeze(1)
     if not len(positions):
         empty = Segments((0,) * len(segments))
-        return EmbeddingRows(b_ND, positions, Segments(()), positions, empty)
+        return EmbeddingRows(b_ND, positions, positions.new_zeros(1), positions, empty)
     stride = int(ids_N.max()) + 1
     keys, order = torch.sort((sample_N * stride + ids_N)[positions], stable=True)
     unique_keys, counts = torch.unique_consecutive(keys, return_counts=True)
@@ -175,7 +174,7 @@ def embedding_rows(
     return EmbeddingRows(
         b_ND,
         positions[order],
-        Segments(tuple(counts.tolist())),
+        nn.functional.pad(counts.cumsum(0), (1, 0)),
         unique_keys % stride,
         Segments(tuple(per_sample.tolist())),
     )
@@ -183,7 +182,7 @@ def embedding_rows(
 
 def embedding_stats(rows: EmbeddingRows, num_embeddings: int) -> Statistics:
     """Statistics of embedding gradients [V, D] from their touched rows; absent rows count as zeros."""
-    stats = _row_sum_stats(rows.b_ND, None, rows.order_N, rows.runs, rows.segments.lengths)
+    stats = _row_sum_stats(rows.b_ND, None, rows.order_N, rows.run_offsets, rows.segments.lengths)
     touched = rows.segments.lengths_tensor(rows.b_ND.device)
     return stats.with_zeros(touched < num_embeddings)
 
@@ -192,7 +191,7 @@ def _row_sum_stats(
     b_ND: Tensor,
     normalised: Normalised | None,
     order_N: Tensor | None,
-    runs: Segments,
+    run_offsets: Tensor,
     sample_runs: tuple[int, ...],
 ) -> Statistics:
     """Statistics over each sample's sums of rows, one sum a run; zeros for a sample without runs."""
@@ -200,7 +199,6 @@ def _row_sum_stats(
     if normalised is not None:
         b_ND, x_ND = _of_one_type(b_ND, normalised.x_ND)
         norm, eps = normalised.number, normalised.eps
-    run_offsets = torch.tensor(runs.offsets, dtype=torch.int64, device=b_ND.device)
     backend = backend_for(b_ND.device, b_ND.dtype, ROWS)
     arguments = (b_ND, x_ND, order_N, run_offsets)
     found = operators.row_sum_stats(*arguments, list(sample_runs), norm, eps, backend)
