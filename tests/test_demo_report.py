@@ -34,7 +34,7 @@ def finished(tmp_path: Path) -> tuple[RunDir, Assets]:
     run.create(overwrite=False)
     config = Config(
         data=DataConfig(path=str(corpus), cache_dir=str(tmp_path / "cache")),
-        similarity=SimilarityConfig(k=3, index="torch", device="cpu"),
+        similarity=SimilarityConfig(k=3, library="torch", device="cpu"),
         selection=SelectionConfig(fraction=0.1),
         output_dir=str(run.root),
     )

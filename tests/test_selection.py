@@ -16,14 +16,14 @@ from grads_dist.data.corpus import Corpus
 from grads_dist.errors import ConfigError, DataError
 from grads_dist.probe.config import ProbeConfig
 from grads_dist.runtime.rundir import RunDir
-from grads_dist.selection.config import SelectionConfig, Weights
+from grads_dist.selection.config import Output, SelectionConfig, Weights
 from grads_dist.selection.controls import CONTROLS, length_bins
 from grads_dist.selection.ranks import r
 from grads_dist.selection.run import check_selection, run_selection
 from grads_dist.selection.select import needed_columns, select
 from grads_dist.similarity.config import SimilarityConfig
 
-SIMILARITY = SimilarityConfig(device="cpu", index="torch")
+SIMILARITY = SimilarityConfig(device="cpu", library="torch")
 NO_GRAPH = Weights(1.0, 0.0, 0.0)
 
 
@@ -206,7 +206,7 @@ def test_searching_with_faiss_or_torch_gives_the_same_selection():
     table, features = score_table(300), clustered_features(300)
     features[30:80] = features[30]
     one, other = (
-        choose(table, features, similarity=SimilarityConfig(index=index, device="cpu"))
+        choose(table, features, similarity=SimilarityConfig(library=index, device="cpu"))
         for index in ("faiss", "torch")
     )
     np.testing.assert_array_equal(one.selected_index, other.selected_index)
@@ -379,9 +379,9 @@ def test_a_run_directory_gets_subset_table_and_summary(run):
     assert index == in_memory.selected_index.tolist()
     written = json.loads((folder / "summary.json").read_text())
     assert written == json.loads(json.dumps(summary))
-    assert SelectionConfig(
-        **written["selection"] | {"weights": Weights(**written["selection"]["weights"])}
-    ) == (SelectionConfig(rows=9, name="mine"))
+    options = written["selection"]
+    nested = {"weights": Weights(**options["weights"]), "output": Output(**options["output"])}
+    assert SelectionConfig(**options | nested) == SelectionConfig(rows=9, name="mine")
     assert SimilarityConfig(**written["similarity"]) == SIMILARITY
     assert summary["subset"] == "subset.jsonl"
     assert (summary["counts"]["corpus"], summary["counts"]["rejected"]) == (80, 20)

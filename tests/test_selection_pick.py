@@ -122,7 +122,7 @@ def test_keep_distinct_equals_a_walk(n, seed, threshold):
     features = rng.integers(-1, 2, (n, 3)).astype(np.float16)
     score = rng.integers(0, 4, n) / 4
     eligible = rng.random(n) < 0.8
-    graph = knn(features, SimilarityConfig(k=3, index="torch", device="cpu"))
+    graph = knn(features, SimilarityConfig(k=3, library="torch", device="cpu"))
     expected = walk(score, eligible, graph, np.float32(threshold))
     np.testing.assert_array_equal(keep_distinct(score, eligible, graph, threshold), expected)
 
@@ -133,14 +133,14 @@ def test_one_row_of_a_group_of_copies_larger_than_k_is_kept_and_it_is_the_best()
     features[20:70] = features[20]
     score = rng.random(100)
     score[55] = 2.0
-    graph = knn(features, SimilarityConfig(k=10, index="torch", device="cpu"))
+    graph = knn(features, SimilarityConfig(k=10, library="torch", device="cpu"))
     kept = keep_distinct(score, np.ones(100, bool), graph, 0.999)
     assert kept.sum() == 51 and kept[20:70].nonzero()[0].tolist() == [35]
 
 
 def test_no_two_kept_rows_reach_the_threshold_where_the_graph_sees_all():
     features = clustered_features(200, num_clusters=40)
-    graph = knn(features, SimilarityConfig(k=199, index="torch", device="cpu"))
+    graph = knn(features, SimilarityConfig(k=199, library="torch", device="cpu"))
     score = np.random.default_rng(1).random(200)
     kept = keep_distinct(score, np.ones(200, bool), graph, 0.7)
     centred = features.astype(np.float64) - features.astype(np.float64).mean(axis=0)

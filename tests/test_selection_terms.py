@@ -368,7 +368,7 @@ def test_diversity_and_redundancy_equal_loops(n, k, copies):
     features = clustered_features(n, seed=k)
     features[3 : 3 + copies] = features[3]
     gradient = np.random.default_rng(k).integers(0, 12, n) / 12
-    graph = knn(features, SimilarityConfig(k=k, index="torch", device="cpu"))
+    graph = knn(features, SimilarityConfig(k=k, library="torch", device="cpu"))
     distance, reduction, shadow, tau = loop_terms(features, gradient, k)
     found = redundancy(graph, gradient)
     assert found.tau == pytest.approx(tau, abs=2e-6)
@@ -386,7 +386,7 @@ def test_diversity_and_redundancy_equal_loops(n, k, copies):
 
 def test_redundancy_does_not_depend_on_blocks(monkeypatch):
     features, gradient = clustered_features(100), np.random.default_rng(0).random(100)
-    graph = knn(features, SimilarityConfig(index="torch", device="cpu"))
+    graph = knn(features, SimilarityConfig(library="torch", device="cpu"))
     whole = redundancy(graph, gradient)
     monkeypatch.setattr("grads_dist.selection.redundancy._BLOCK_ROWS", 7)
     parts = redundancy(graph, gradient)
@@ -400,7 +400,7 @@ def test_only_the_best_of_a_large_group_of_copies_is_not_redundant():
     features[20:70] = features[20]
     gradient = rng.random(90)
     gradient[60] = 1.0
-    found = redundancy(knn(features, SimilarityConfig(k=10, index="torch", device="cpu")), gradient)
+    found = redundancy(knn(features, SimilarityConfig(k=10, library="torch", device="cpu")), gradient)
     others = [i for i in range(20, 70) if i != 60]
     assert (found.values[others] == 1.0).all() and (found.shadow[others] == 60).all()
     assert found.values[60] == 0 and found.shadow[60] == -1
@@ -408,7 +408,7 @@ def test_only_the_best_of_a_large_group_of_copies_is_not_redundant():
 
 def test_redundancy_where_every_cosine_is_one():
     two_points = np.repeat(np.eye(2, dtype=np.float16), 5, axis=0)
-    identical = knn(two_points, SimilarityConfig(k=2, index="torch", device="cpu"))
+    identical = knn(two_points, SimilarityConfig(k=2, library="torch", device="cpu"))
     found = redundancy(identical, np.array([0.1, 0.5, 0.5, 0.2, 0.3] * 2))
     assert found.tau == 1.0
     assert found.values.tolist() == [1, 0, 1, 1, 1] * 2
@@ -422,7 +422,7 @@ def test_redundancy_where_every_cosine_is_one():
 
 def test_rows_equal_to_the_mean_neither_shadow_nor_are_shadowed():
     features = np.concatenate([np.zeros((3, 2)), np.eye(2), -np.eye(2)]).astype(np.float32)
-    graph = knn(features, SimilarityConfig(k=2, index="torch", device="cpu"))
+    graph = knn(features, SimilarityConfig(k=2, library="torch", device="cpu"))
     found = redundancy(graph, np.array([0.9, 0.8, 0.7, 0.4, 0.3, 0.2, 0.1]))
     assert (found.values[:3] == 0).all() and not np.isin(found.shadow, [0, 1, 2]).any()
     kept = keep_distinct(np.arange(7.0), np.ones(7, bool), graph, 0.5)
@@ -441,7 +441,7 @@ def test_a_row_without_neighbours_is_at_distance_one():
 def test_score_adds_the_terms_and_a_weight_of_zero_drops_one():
     features, gradient = clustered_features(80), np.random.default_rng(2).random(80)
     criterion = GradientCriterion(gradient, np.ones(80, bool), None)
-    graph = knn(features, SimilarityConfig(index="torch", device="cpu"))
+    graph = knn(features, SimilarityConfig(library="torch", device="cpu"))
     terms = combine(criterion, graph, Weights(2.0, 0.25, 3.0))
     expected = 2 * gradient + 0.25 * diversity(graph) - 3 * redundancy(graph, gradient).values
     np.testing.assert_allclose(terms.score, expected, atol=1e-12)

@@ -49,7 +49,7 @@ def check_graph(graph, features, k):
 @pytest.mark.parametrize(("n", "dims", "k"), [(123, 7, 10), (40, 3, 1), (5, 4, 10), (2, 2, 3)])
 def test_knn_equals_brute_force(library, n, dims, k):
     features = (np.random.default_rng(n).normal(size=(n, dims)) + 2).astype(np.float16)
-    graph = knn(features, SimilarityConfig(k=k, index=library, device="cpu"))
+    graph = knn(features, SimilarityConfig(k=k, library=library, device="cpu"))
     assert graph.ids.shape == graph.cosine.shape == (n, min(k, n - 1))
     assert graph.ids.dtype == np.int64 and graph.cosine.dtype == np.float32
     check_graph(graph, features, k)
@@ -63,7 +63,7 @@ def test_groups_of_exact_duplicates_larger_than_k(library):
     features[100:150] = features[100]
     order = rng.permutation(170)
     features = features[order]
-    graph = knn(features, SimilarityConfig(k=10, index=library, device="cpu"))
+    graph = knn(features, SimilarityConfig(k=10, library=library, device="cpu"))
     check_graph(graph, features, 10)
     for first in (40, 100):
         members = np.flatnonzero((order >= first) & (order < first + 50))
@@ -75,10 +75,10 @@ def test_groups_of_exact_duplicates_larger_than_k(library):
 @needs_faiss
 def test_faiss_equals_torch_whatever_the_blocks(monkeypatch):
     features = np.random.default_rng(0).normal(size=(700, 12)).astype(np.float32)
-    by_faiss = knn(features, SimilarityConfig(index="faiss", device="cpu"))
+    by_faiss = knn(features, SimilarityConfig(library="faiss", device="cpu"))
     monkeypatch.setattr(torch_search, "_BASE_ROWS", 97)
     monkeypatch.setattr(torch_search, "_QUERY_ROWS", 41)
-    by_torch = knn(features, SimilarityConfig(index="torch", device="cpu"))
+    by_torch = knn(features, SimilarityConfig(library="torch", device="cpu"))
     np.testing.assert_array_equal(by_faiss.ids, by_torch.ids)
     np.testing.assert_allclose(by_faiss.cosine, by_torch.cosine, atol=2e-6)
 
@@ -86,7 +86,7 @@ def test_faiss_equals_torch_whatever_the_blocks(monkeypatch):
 def test_blocks_smaller_than_the_number_of_results(monkeypatch):
     features = np.random.default_rng(0).normal(size=(50, 5)).astype(np.float32)
     monkeypatch.setattr(torch_search, "_BASE_ROWS", 4)
-    check_graph(knn(features, SimilarityConfig(index="torch", device="cpu")), features, 10)
+    check_graph(knn(features, SimilarityConfig(library="torch", device="cpu")), features, 10)
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
@@ -96,7 +96,7 @@ def test_rows_without_direction_have_no_neighbours_and_are_nobodys(library, capl
     features = np.concatenate([half, -half, np.zeros((4, 6), np.float16)])
     features[7], features[37] = np.nan, np.inf
     with caplog.at_level(logging.WARNING):
-        graph = knn(features, SimilarityConfig(k=5, index=library, device="cpu"))
+        graph = knn(features, SimilarityConfig(k=5, library=library, device="cpu"))
     bad = [7, 37, 60, 61, 62, 63]
     assert (graph.ids[bad] == -1).all() and np.isnan(graph.cosine[bad]).all()
     assert not np.isin(graph.ids, bad).any()
@@ -109,14 +109,14 @@ def test_rows_without_direction_have_no_neighbours_and_are_nobodys(library, capl
 @pytest.mark.parametrize("n", [0, 1, 7])
 def test_all_rows_identical_or_hardly_any(n):
     features = np.full((n, 3), 0.1, np.float32)
-    graph = knn(features, SimilarityConfig(k=4, index="torch", device="cpu"))
+    graph = knn(features, SimilarityConfig(k=4, library="torch", device="cpu"))
     assert (graph.ids == -1).all() and graph.ids.shape == (n, max(0, min(4, n - 1)))
     assert graph.group.tolist() == list(range(n))
 
 
 def test_a_k_beyond_the_corpus_takes_no_memory_for_it():
     features = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
-    graph = knn(features, SimilarityConfig(k=10**15, index="torch", device="cpu"))
+    graph = knn(features, SimilarityConfig(k=10**15, library="torch", device="cpu"))
     assert graph.ids.shape == (6, 5) and (graph.ids >= 0).all()
 
 
@@ -152,7 +152,7 @@ def test_a_memory_map_is_read(tmp_path):
     features = np.random.default_rng(5).normal(size=(60, 4)).astype(np.float16)
     np.save(tmp_path / "f.npy", features)
     mapped = np.load(tmp_path / "f.npy", mmap_mode="r", allow_pickle=False)
-    config = SimilarityConfig(k=3, index="torch", device="cpu")
+    config = SimilarityConfig(k=3, library="torch", device="cpu")
     np.testing.assert_array_equal(knn(mapped, config).ids, knn(features, config).ids)
 
 
@@ -167,7 +167,7 @@ def test_a_memory_map_is_read(tmp_path):
         ("auto", "auto", False, 0, True, ("torch", "cuda")),
         ("faiss", "auto", True, 0, True, ("faiss", "cpu")),
         ("torch", "auto", True, 1, True, ("torch", "cuda")),
-        ("faiss", "auto", False, 0, False, "similarity.index"),
+        ("faiss", "auto", False, 0, False, "similarity.library"),
         ("faiss", "cuda", True, 0, True, "similarity.device"),
         ("torch", "cuda", True, 0, False, "similarity.device"),
     ],
@@ -176,7 +176,7 @@ def test_choice_of_the_backend(monkeypatch, index, device, installed, gpus, cuda
     monkeypatch.setattr(faiss_index, "is_installed", lambda: installed)
     monkeypatch.setattr(faiss_index, "num_gpus", lambda: gpus)
     monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
-    config = SimilarityConfig(index=index, device=device)
+    config = SimilarityConfig(library=index, device=device)
     if isinstance(expected, str):
         with pytest.raises(ConfigError, match=expected):
             choose_backend(config)
@@ -197,7 +197,7 @@ def test_the_choice_is_logged(caplog):
     ("values", "field"),
     [
         ({"k": 0}, "similarity.k: 0"),
-        ({"index": "annoy"}, "similarity.index: 'annoy'"),
+        ({"library": "annoy"}, "similarity.library: 'annoy'"),
         ({"device": "tpu"}, "similarity.device: 'tpu'"),
         ({"features": "../x"}, "similarity.features: '../x'"),
     ],

@@ -20,7 +20,7 @@ from grads_dist.selection.select import select
 from grads_dist.similarity.config import SimilarityConfig
 from grads_dist.similarity.relevance import relevance
 
-SIMILARITY = SimilarityConfig(device="cpu", index="torch")
+SIMILARITY = SimilarityConfig(device="cpu", library="torch")
 NO_GRAPH = Weights(1.0, 0.0, 0.0)
 NUM_ROWS = 40
 

@@ -26,7 +26,7 @@ from grads_dist.similarity.config import SimilarityConfig
 from grads_dist.table.merge import merge_scores
 from grads_dist.table.schema import score_schema
 
-SIMILARITY = SimilarityConfig(device="cpu", index="torch")
+SIMILARITY = SimilarityConfig(device="cpu", library="torch")
 NUM_ROWS = 40
 
 

@@ -13,7 +13,8 @@ Criterion = Literal["grads", "random", "length_matched_random", "loss", "grand",
 SignalPreset = Literal["paper", "norm"]
 Gradient = Literal["density", "magnitude", "density_magnitude", "flatten", "rare", "band", "zscore"]
 Bandwidth = Literal["silverman", "isj"]
-Pick = Literal["topk"]
+Pick = Literal["topk", "mmr", "facility_location", "cluster", "gumbel"]
+DensityOver = Literal["signal", "targets"]
 
 DEFAULT_FRACTION = 0.1
 LONGEST_NAME = 100
@@ -41,6 +42,25 @@ class Weights:
                 raise ConfigError(
                     f"selection.weights.{name}: {value} is not allowed; allowed: a number of at least 0"
                 )
+
+
+@dataclass(frozen=True)
+class Output:
+    """How the subset is written."""
+
+    scores: bool = False
+    """Add the columns grads_score and grads_rank to the rows, which then are no longer the original bytes."""
+
+    rows_per_file: int | None = None
+    """Rows of each file of the subset; all in one file by default."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be used; raises `ConfigError` naming the field."""
+        if self.rows_per_file is not None and self.rows_per_file < 1:
+            raise ConfigError(
+                f"selection.output.rows_per_file: {self.rows_per_file} is not allowed; "
+                "allowed: a whole number of at least 1, or null"
+            )
 
 
 @dataclass(frozen=True)
@@ -72,6 +92,9 @@ class SelectionConfig:
     weights: Weights = field(default_factory=Weights)
     """Weights of the terms of the score."""
 
+    density_over: DensityOver = "signal"
+    """What the density is over: the signal, or the signals of the two targets together (targets)."""
+
     bandwidth: Bandwidth = "silverman"
     """Bandwidth rule of the density estimate: silverman or isj."""
 
@@ -88,16 +111,30 @@ class SelectionConfig:
     """Largest absolute z-score of the signal that the criterion zscore keeps."""
 
     pick: Pick = "topk"
-    """How rows are picked from the ranking."""
+    """How rows are picked: topk (the best scores), mmr (the best score, with the similarity reduction against
+    what is already picked), facility_location (G and how well the picked cover the corpus), cluster (the best
+    scores of each k-means cluster, in shares), gumbel (drawn by score)."""
+
+    temperature: float = 0.1
+    """Of pick gumbel: scores are divided by it; towards 0 it becomes topk."""
+
+    clusters: int | None = None
+    """Of pick cluster: number of clusters; the square root of the number of candidates if unset."""
+
+    stratify_by: str | None = None
+    """Column of the corpus or the score table; each of its values keeps its share of the budget."""
 
     dedup_threshold: float | None = None
-    """Drop rows whose cosine to a kept row is at least this (in the k-nearest-neighbour graph)."""
+    """Keep no two rows whose cosine is at least this: the best row of a group of near-duplicates stays."""
 
     keep_duplicates: bool = False
     """Treat rows with equal token ids as rows of their own instead of collapsing them to the first."""
 
     seed: int = 0
     """Seed of everything random in the selection."""
+
+    output: Output = field(default_factory=Output)
+    """How the subset is written."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be used; raises `ConfigError` naming the field."""
@@ -122,6 +159,7 @@ class SelectionConfig:
 
     def _check_choices(self) -> None:
         choices = {"criterion": Criterion, "gradient": Gradient, "bandwidth": Bandwidth, "pick": Pick}
+        choices["density_over"] = DensityOver
         if isinstance(self.signal, str):
             choices["signal"] = SignalPreset
         elif not self.signal:
@@ -159,6 +197,19 @@ class SelectionConfig:
             )
         if not (math.isfinite(self.zscore) and self.zscore > 0):
             raise ConfigError(f"selection.zscore: {self.zscore} is not allowed; allowed: a number above 0")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ConfigError(
+                f"selection.temperature: {self.temperature} is not allowed; allowed: a number above 0"
+            )
+        if self.clusters is not None and self.clusters < 1:
+            raise ConfigError(
+                f"selection.clusters: {self.clusters} is not allowed; "
+                "allowed: a whole number of at least 1, or null"
+            )
+        if self.stratify_by is not None and not self.stratify_by:
+            raise ConfigError(
+                "selection.stratify_by: '' is not allowed; allowed: the name of a column, or null"
+            )
         threshold = self.dedup_threshold
         if threshold is not None and not 0 < threshold <= 1:
             raise ConfigError(

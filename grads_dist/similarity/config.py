@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from grads_dist.errors import ConfigError
 
-IndexName = Literal["auto", "faiss", "torch"]
+LibraryName = Literal["auto", "faiss", "torch"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 
 
@@ -21,7 +22,14 @@ class SimilarityConfig:
     k: int = 10
     """Number of neighbours of a row; part of the definition of diversity and redundancy."""
 
-    index: IndexName = "auto"
+    index: str = "auto"
+    """Index that is searched: exact, a FAISS factory string such as IVF4096,SQfp16, or auto (exact where that
+    is affordable, else an index chosen by its estimated cost)."""
+
+    recall: float = 0.95
+    """Share of the true neighbours that an index which is not exact has to find, measured on a sample."""
+
+    library: LibraryName = "auto"
     """Search library: faiss, torch, or auto (faiss where it serves the device, else torch)."""
 
     device: DeviceName = "auto"
@@ -33,11 +41,17 @@ class SimilarityConfig:
             raise ConfigError(f"similarity.features: {self.features!r} is not the name of a feature file")
         if self.k < 1:
             raise ConfigError(f"similarity.k: {self.k} is not allowed; allowed: a whole number of at least 1")
-        if self.index not in get_args(IndexName):
+        if self.index not in ("auto", "exact") and not re.fullmatch(r"[A-Z][\w,()-]*", self.index):
             raise ConfigError(
-                f"similarity.index: {self.index!r} is not one of {', '.join(get_args(IndexName))}"
+                f"similarity.index: {self.index!r} is not allowed; "
+                "allowed: auto, exact or a FAISS factory string"
             )
-        if self.device not in get_args(DeviceName):
+        if not 0 < self.recall <= 1:
             raise ConfigError(
-                f"similarity.device: {self.device!r} is not one of {', '.join(get_args(DeviceName))}"
+                f"similarity.recall: {self.recall} is not allowed; allowed: a number above 0 and at most 1"
             )
+        for name, allowed in {"library": get_args(LibraryName), "device": get_args(DeviceName)}.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"similarity.{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}"
+                )

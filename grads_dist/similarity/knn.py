@@ -86,24 +86,25 @@ def choose_backend(config: SimilarityConfig) -> Backend:
         ConfigError: what was asked for by name is not there.
     """
     device = _device(config)
-    if config.index == "torch":
+    if config.library == "torch":
         return Backend("torch", device, "asked for")
     if not faiss_index.is_installed():
-        if config.index == "faiss":
+        if config.library == "faiss":
             raise ConfigError(
-                "similarity.index: faiss is not installed; install faiss-cpu or faiss-gpu, or give torch"
+                "similarity.library: faiss is not installed; install faiss-cpu or faiss-gpu, or give torch"
             )
         return Backend("torch", device, "faiss is not installed")
     if device == "cuda" and faiss_index.num_gpus() == 0:
-        if config.index == "auto":
+        if config.library == "auto":
             return Backend("torch", "cuda", "the installed faiss cannot use the GPU")
         if config.device == "cuda":
             raise ConfigError(
-                "similarity.device: the installed faiss cannot use cuda; give cpu, or similarity.index torch"
+                "similarity.device: the installed faiss cannot use cuda; "
+                "give cpu, or similarity.library torch"
             )
         return Backend("faiss", "cpu", "the installed faiss cannot use the GPU")
     return Backend(
-        "faiss", device, "asked for" if config.index == "faiss" else f"faiss is there and serves {device}"
+        "faiss", device, "asked for" if config.library == "faiss" else f"faiss is there and serves {device}"
     )
 
 
