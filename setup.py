@@ -11,18 +11,24 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 SOURCES = os.path.join("kernels", "cpu")
-HEADERS = ("api.h", "common.h", "row_sums.h", "segment_stats.h")
+HEADERS = ("api.h", "common.h", "panels.h", "row_sums.h", "segment_stats.h")
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 CUDA_ARCHITECTURES = ("sm_80", "sm_89", "sm_90")
+# Only for tests; with -O3 or -g it takes four times as long to split their vectors.
+WIDE = ["-mavx2", "-mfma", "-O2", "-g0"]
+PAIRS = "-DGD_BF16_PAIRS"
 # Name, floats in a register, rows of the register tile, flags: one build of variant.cpp each.
 GENERIC = [("generic", 4, 6, [])]
 X86 = [
     ("avx2", 8, 6, ["-mavx2", "-mfma"]),
     ("avx512", 16, 12, ["-mavx512f"]),
-    ("wide", 16, 12, ["-mavx2", "-mfma"]),
+    ("wide", 16, 12, WIDE),
+    ("widebf16", 16, 12, [*WIDE, PAIRS]),
 ]
+AVX512BF16 = ("avx512bf16", 16, 12, ["-mavx512bf16", PAIRS])
 
 
 class BuildKernels(build_ext):
@@ -41,11 +47,10 @@ class BuildKernels(build_ext):
     def build_extension(self, ext):
         """Build the library; setuptools goes on without it when this fails, because it is optional."""
         on_x86 = platform.machine().lower() in ("x86_64", "amd64")
-        macros = [("GD_X86", "1")] if on_x86 else []
-        objects = self._compile("dispatch.cpp", "dispatch", macros, [])
-        for name, lanes, rows, flags in GENERIC + (X86 if on_x86 else []):
-            variant = [("GD_VARIANT", name), ("GD_LANES", str(lanes)), ("GD_ROWS", str(rows))]
-            objects += self._compile("variant.cpp", name, macros + variant, flags)
+        objects = []
+        for variant in GENERIC + (X86 if on_x86 else []):
+            objects += self._compile_variant(*variant)
+        objects += self._compile_x86_dispatch() if on_x86 else self._compile("dispatch.cpp", "dispatch")
         path = self.get_ext_fullpath(ext.name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         self.compiler.link_shared_object(objects, path, extra_postargs=["-fopenmp"], target_lang="c++")
@@ -54,13 +59,26 @@ class BuildKernels(build_ext):
         """A C interface: there is no module initialisation to export."""
         return []
 
-    def _compile(self, source, name, macros, flags):
+    def _compile_x86_dispatch(self):
+        x86 = [("GD_X86", "1")]
+        try:
+            objects = self._compile_variant(*AVX512BF16)
+            return objects + self._compile("dispatch.cpp", "dispatch", [*x86, ("GD_AVX512BF16", "1")])
+        except CompileError:
+            self.warn("the compiler does not know -mavx512bf16: the CPU kernels are built without it")
+            return self._compile("dispatch.cpp", "dispatch", x86)
+
+    def _compile_variant(self, name, lanes, rows, flags):
+        macros = [("GD_VARIANT", name), ("GD_LANES", str(lanes)), ("GD_ROWS", str(rows))]
+        return self._compile("variant.cpp", name, macros, flags)
+
+    def _compile(self, source, name, macros=(), flags=()):
         return self.compiler.compile(
             [os.path.join(SOURCES, source)],
             output_dir=os.path.join(self.build_temp, name),
-            macros=macros,
+            macros=list(macros),
             depends=[os.path.join(SOURCES, header) for header in HEADERS],
-            extra_postargs=FLAGS + flags,
+            extra_postargs=[*FLAGS, *flags],
         )
 
 

@@ -16,7 +16,7 @@ from grads_dist.stats.segments import Segments
 VARIANTS = native.variants()
 needs_kernels = pytest.mark.skipif(not VARIANTS, reason="the package was installed without a C++ compiler")
 TYPES = (torch.float32, torch.bfloat16)
-LENGTHS = [0, 1, 15, 16, 17, 63, 64, 65]
+LENGTHS = [0, 1, 2, 3, 15, 16, 17, 63, 64, 65, 255, 256, 257, 513]
 
 
 def draw(lengths, num_b, num_a, dtype=torch.float32, seed=0):
@@ -59,7 +59,7 @@ def assert_as_good_as_reference(found, b, a, lengths):
 @pytest.mark.parametrize(("num_b", "num_a"), [(1, 1), (6, 16), (7, 17), (13, 31), (24, 64), (61, 5)])
 def test_statistics_and_batch_gradient(variant, dtype, num_b, num_a):
     b, a = draw(LENGTHS, num_b, num_a, dtype)
-    weights = [0.5, 2.0, -1.0, 0.0, 3.0, 1.0, 0.25, 1.5]
+    weights = [0.5, 2.0, -1.0, 0.0, 3.0, 1.0, 0.25, 1.5, -0.5, 1.0, 2.0, 0.75, -2.0, 0.125]
     total = torch.full((num_b, num_a), 0.75)
     found = native.outer_product_stats(b, a, LENGTHS, total, weights, variant)
     assert_as_good_as_reference(found, b, a, LENGTHS)
@@ -96,10 +96,11 @@ def eager_threads(monkeypatch):
 
 @needs_kernels
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_bits_depend_on_the_sample_alone(variant, eager_threads):
+@pytest.mark.parametrize("dtype", TYPES)
+def test_bits_depend_on_the_sample_alone(variant, dtype, eager_threads):
     """Not on its neighbours, its place, the number of samples or of threads, nor on a batch gradient."""
     lengths = [5, 600, 0, 64, 129, 300, 1, 31]
-    b, a = draw(lengths, 37, 53)
+    b, a = draw(lengths, 37, 53, dtype)
     together = torch.stack(native.outer_product_stats(b, a, lengths, None, None, variant))
     with_total = native.outer_product_stats(b, a, lengths, torch.zeros(37, 53), None, variant)
     assert torch.equal(together, torch.stack(with_total))
@@ -146,15 +147,20 @@ def test_transposed_factors_have_the_same_extremes(variant):
 
 @needs_kernels
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_stays_in_its_sample(variant, bad):
-    lengths = [10, 20, 30]
-    b, a = draw(lengths, 19, 40)
-    clean = torch.stack(native.outer_product_stats(b, a, lengths, None, None, variant))
-    a[15, 39] = bad
-    found = torch.stack(native.outer_product_stats(b, a, lengths, None, None, variant))
+@pytest.mark.parametrize("place", [11, 20, 31])
+def test_what_is_not_finite_stays_in_its_sample(variant, dtype, bad, place):
+    """In its first token, behind a sample of odd length; in the middle; in the last of an odd length."""
+    lengths = [11, 21, 30]
+    b, a = draw(lengths, 19, 40, dtype)
+    weights, clean_total, total = [1.0, 0.5, 2.0], torch.zeros(19, 40), torch.zeros(19, 40)
+    clean = torch.stack(native.outer_product_stats(b, a, lengths, clean_total, weights, variant))
+    a[place, 39] = bad
+    found = torch.stack(native.outer_product_stats(b, a, lengths, total, weights, variant))
     assert not found[1, 1].isfinite()
     assert torch.equal(found[:, [0, 2]], clean[:, [0, 2]])
+    assert not total[:, 39].isfinite().any() and torch.equal(total[:, :39], clean_total[:, :39])
 
 
 @needs_kernels
@@ -175,14 +181,21 @@ def test_both_backends_report_the_same_of_what_is_not_finite(monkeypatch, bad, p
 
 
 @needs_kernels
-@pytest.mark.parametrize("scale", [1e-25, 1e25])
-def test_squares_beyond_float32_are_repaired(monkeypatch, scale):
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("scales", [(1e-25, 1), (1e25, 1), (1e-20, 1e-19), (1e-39, 1e3)])
+def test_numbers_beyond_float32_are_repaired(monkeypatch, variant, dtype, scales):
+    """Squares too large or too small, and denormal products and factors, which VDPBF16PS takes for zeros."""
     monkeypatch.setenv(backend.VARIABLE, "cpu")
-    lengths = [4, 6]
-    b, a = draw(lengths, 8, 9)
-    found = ops.outer_product_stats(b * scale, a, Segments(tuple(lengths)))
-    expected = truth(b * scale, a, lengths)
+    monkeypatch.setattr(native, "variants", lambda: (variant,))
+    lengths = [4, 7]
+    b, a = (x * scale for x, scale in zip(draw(lengths, 8, 9, dtype), scales, strict=True))
+    found = ops.outer_product_stats(b, a, Segments(tuple(lengths)))
+    expected = truth(b, a, lengths)
     torch.testing.assert_close(found.sumsq, expected[1], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.min, expected[2], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.max, expected[3], rtol=1e-5, atol=0)
+    assert not found.nonfinite.any()
 
 
 @needs_kernels

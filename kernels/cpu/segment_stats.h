@@ -6,7 +6,7 @@
 // Legend: N packed rows (tokens), P columns of B, D columns of A, S samples; MR x NR is the register tile.
 #pragma once
 
-#include "common.h"
+#include "panels.h"
 
 namespace {
 
@@ -17,52 +17,41 @@ constexpr int64_t kBlockTokens = 256;
 // Bytes of panels of B that one thread goes through for each panel of A.
 constexpr int64_t kGroupBytes = 128 << 10;
 
-// Rows [begin, end) of one panel of `width` columns, in float32, padded with zeros: dst[t][width].
-template <typename T>
-inline void pack(const T* src, int64_t ld, int64_t begin, int64_t end, int64_t col, int64_t num_cols, int width,
-                 float* dst) {
-  const int64_t count = num_cols - col < width ? num_cols - col : width;
-  for (int64_t t = begin; t < end; t++, dst += width) {
-    const T* row = src + t * ld + col;
-    if (count == width) {
-      for (int c = 0; c < width; c++) dst[c] = as_float(row[c]);
-    } else {
-      for (int c = 0; c < width; c++) dst[c] = c < count ? as_float(row[c]) : 0.0f;
-    }
-  }
-}
-
 struct Tile {
   Vec x[kRows][kVectors];
 };
 
-// acc = sum over tokens of b_t a_t^T, from packed panels.
-inline __attribute__((always_inline)) void multiply(int64_t tokens, const float* __restrict a,
-                                                    const float* __restrict b, Vec (&acc)[kRows][kVectors]) {
+// acc = sum over tokens of b_t a_t^T, from `rows` rows of both panels.
+template <typename T, typename Element = typename Panels<T>::Element>
+inline __attribute__((always_inline)) void multiply(int64_t rows, const Element* __restrict a,
+                                                    const Element* __restrict b, Vec (&acc)[kRows][kVectors]) {
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; i++)
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; v++) acc[i][v] = Vec{};
-  for (int64_t t = 0; t < tokens; t++, a += kCols, b += kRows) {
-    Vec av[kVectors];
+  for (int64_t r = 0; r < rows; r++, a += kCols, b += kRows) {
+    typename Panels<T>::ElementVec av[kVectors];
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; v++) av[v] = *reinterpret_cast<const Vec*>(a + v * kLanes);
+    for (int v = 0; v < kVectors; v++) av[v] = load_row(a + v * kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; i++)
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; v++) acc[i][v] += av[v] * b[i];
+      for (int v = 0; v < kVectors; v++) acc[i][v] = add_products(acc[i][v], av[v], b[i]);
   }
 }
 
 // The same in blocks of tokens: a float32 sum of thousands of terms loses digits.
-inline __attribute__((always_inline)) void multiply_blocks(int64_t tokens, const float* a, const float* b,
+template <typename T, typename Element = typename Panels<T>::Element>
+inline __attribute__((always_inline)) void multiply_blocks(int64_t tokens, const Element* a, const Element* b,
                                                            Vec (&acc)[kRows][kVectors]) {
-  multiply(lesser(tokens, kBlockTokens), a, b, acc);
-  if (tokens <= kBlockTokens) return;
+  constexpr int64_t kBlockRows = kBlockTokens / Panels<T>::kTokens;
+  const int64_t rows = num_rows<T>(tokens);
+  multiply<T>(lesser(rows, kBlockRows), a, b, acc);
+  if (rows <= kBlockRows) return;
   Tile sum;
   std::memcpy(&sum, acc, sizeof(Tile));
-  for (int64_t t = kBlockTokens; t < tokens; t += kBlockTokens) {
-    multiply(lesser(tokens - t, kBlockTokens), a + t * kCols, b + t * kRows, acc);
+  for (int64_t r = kBlockRows; r < rows; r += kBlockRows) {
+    multiply<T>(lesser(rows - r, kBlockRows), a + r * kCols, b + r * kRows, acc);
     for (int i = 0; i < kRows; i++)
       for (int v = 0; v < kVectors; v++) sum.x[i][v] += acc[i][v];
   }
@@ -70,11 +59,11 @@ inline __attribute__((always_inline)) void multiply_blocks(int64_t tokens, const
 }
 
 // One tile of one sample: its statistics into `partial`, and weighted into `sum` when `kSum`.
-template <bool kSum>
-inline void whole_tile(int64_t tokens, const float* __restrict a, const float* __restrict b, Partial& partial,
+template <bool kSum, typename T, typename Element = typename Panels<T>::Element>
+inline void whole_tile(int64_t tokens, const Element* __restrict a, const Element* __restrict b, Partial& partial,
                        float weight, Tile& sum) {
   Vec acc[kRows][kVectors];
-  multiply_blocks(tokens, a, b, acc);
+  multiply_blocks<T>(tokens, a, b, acc);
   // Four chains each: the additions would wait for one another.
   Vec low[4], high[4], squares[4];
 #pragma GCC unroll 4
@@ -104,10 +93,11 @@ inline void whole_tile(int64_t tokens, const float* __restrict a, const float* _
 }
 
 // A tile at the matrix' edge: what lies beyond it is no element.
-inline void edge_tile(int64_t tokens, const float* a, const float* b, int rows, int cols, Partial& partial,
+template <typename T, typename Element = typename Panels<T>::Element>
+inline void edge_tile(int64_t tokens, const Element* a, const Element* b, int rows, int cols, Partial& partial,
                       float weight, Tile& sum) {
   Tile tile;
-  multiply_blocks(tokens, a, b, tile.x);
+  multiply_blocks<T>(tokens, a, b, tile.x);
   Vec squares = Vec{};
   for (int i = 0; i < rows; i++)
     for (int c = 0; c < cols; c++) {
@@ -158,22 +148,23 @@ inline int64_t chunk_end(const gd_outer_product& q, int64_t first) {
 }
 
 // The samples [first, last) of one chunk, packed.
+template <typename T>
 struct Chunk {
-  int64_t first, last, begin, tokens;
-  const float *a, *b;  // panel after panel
-  int64_t group;       // row panels that a thread goes through for each panel of A
+  int64_t first, last, begin, rows;          // rows of a panel
+  const typename Panels<T>::Element *a, *b;  // panel after panel
 };
 
 // All tiles of the row panels [i_begin, i_end): statistics into `partials`, the weighted sum into the matrix.
-inline void run_group(const gd_outer_product& q, const Chunk& c, int64_t i_begin, int64_t i_end,
+template <typename T>
+inline void run_group(const gd_outer_product& q, const Chunk<T>& c, int64_t i_begin, int64_t i_end,
                       Partial* partials) {
   const int64_t count = c.last - c.first;
   for (int64_t n = 0; n < (i_end - i_begin) * count; n++) partials[n] = empty_partial();
   for (int64_t j = 0; j < ceil_div(q.num_a_cols, kCols); j++) {
-    const float* a = c.a + j * kCols * c.tokens;
+    const auto* a = c.a + j * kCols * c.rows;
     const int cols = static_cast<int>(lesser(q.num_a_cols - j * kCols, kCols));
     for (int64_t i = i_begin; i < i_end; i++) {
-      const float* b = c.b + i * kRows * c.tokens;
+      const auto* b = c.b + i * kRows * c.rows;
       const int rows = static_cast<int>(lesser(q.num_b_cols - i * kRows, kRows));
       const bool whole = rows == kRows && cols == kCols;
       Tile sum{};
@@ -183,17 +174,18 @@ inline void run_group(const gd_outer_product& q, const Chunk& c, int64_t i_begin
         for (int r = 0; r < rows; r++) __builtin_prefetch(at_total + r * q.ld_total, 1);
       }
       for (int64_t s = c.first; s < c.last; s++) {
-        const int64_t at = q.offsets[s] - c.begin, length = q.offsets[s + 1] - q.offsets[s];
+        const int64_t length = q.offsets[s + 1] - q.offsets[s];
         if (length == 0) continue;
+        const int64_t at = first_row<T>(q.offsets[s] - c.begin, s - c.first);
         Partial& partial = partials[(i - i_begin) * count + s - c.first];
         const float weight = q.weights ? q.weights[s] : 1.0f;
-        const float *a_s = a + at * kCols, *b_s = b + at * kRows;
+        const auto *a_s = a + at * kCols, *b_s = b + at * kRows;
         if (!whole)
-          edge_tile(length, a_s, b_s, rows, cols, partial, weight, sum);
+          edge_tile<T>(length, a_s, b_s, rows, cols, partial, weight, sum);
         else if (q.total)
-          whole_tile<true>(length, a_s, b_s, partial, weight, sum);
+          whole_tile<true, T>(length, a_s, b_s, partial, weight, sum);
         else
-          whole_tile<false>(length, a_s, b_s, partial, weight, sum);
+          whole_tile<false, T>(length, a_s, b_s, partial, weight, sum);
       }
       if (!q.total) continue;
       if (whole)
@@ -221,10 +213,15 @@ inline void finish_sample(const gd_outer_product& q, int64_t sample, const Numbe
 }
 
 // The sum over all elements of G_s is sum_t (sum_j b_tj) (sum_k a_tk).
+template <typename T>
 inline void sum_sample(const gd_outer_product& q, int64_t sample, int64_t begin, const double* products) {
   double sum = 0;
   for (int64_t t = q.offsets[sample]; t < q.offsets[sample + 1]; t++) sum += products[t - begin];
   q.sum[sample] = sum;
+  // Elements whose sum is not zero cannot all be: VDPBF16PS took denormal numbers for zeros. The caller then forms
+  // the gradient itself.
+  const bool vanished = sum != 0 && q.low[sample] == 0 && q.high[sample] == 0;
+  if (vanished && Panels<T>::kTokens > 1) q.sumsq[sample] = std::numeric_limits<double>::quiet_NaN();
 }
 
 template <typename T>
@@ -232,14 +229,15 @@ int outer_product_stats(const gd_outer_product& q) {
   const int64_t num_a = ceil_div(q.num_a_cols, kCols), num_b = ceil_div(q.num_b_cols, kRows);
   const T* a = static_cast<const T*>(q.a);
   const T* b = static_cast<const T*>(q.b);
-  int64_t most_tokens = 0, most_samples = 0;
+  int64_t most_tokens = 0, most_rows = 0, most_samples = 0;
   for (int64_t first = 0, last; first < q.num_samples; first = last) {
     last = chunk_end(q, first);
     most_tokens = greater(most_tokens, q.offsets[last] - q.offsets[first]);
+    most_rows = greater(most_rows, first_row<T>(q.offsets[last] - q.offsets[first], last - first));
     most_samples = greater(most_samples, last - first);
   }
-  const int64_t group = greater(1, lesser(16, kGroupBytes / (kRows * greater(1, most_tokens) * 4)));
-  Buffer<float> packed_a(num_a * kCols * most_tokens), packed_b(num_b * kRows * most_tokens);
+  const int64_t group = greater(1, lesser(16, kGroupBytes / (kRows * greater(1, most_rows) * 4)));
+  Buffer<typename Panels<T>::Element> packed_a(num_a * kCols * most_rows), packed_b(num_b * kRows * most_rows);
   Buffer<double> products(most_tokens);
   Buffer<Numbers> numbers(num_b * most_samples);
   Buffer<Partial> partials(group * most_samples * q.num_threads);
@@ -247,19 +245,20 @@ int outer_product_stats(const gd_outer_product& q) {
 
   for (int64_t first = 0, last; first < q.num_samples; first = last) {
     last = chunk_end(q, first);
-    const int64_t begin = q.offsets[first], end = q.offsets[last], tokens = end - begin, count = last - first;
-    const Chunk chunk{first, last, begin, tokens, packed_a.at, packed_b.at, group};
+    const int64_t begin = q.offsets[first], end = q.offsets[last], count = last - first;
+    const int64_t rows = first_row<T>(end - begin, count);
+    const Chunk<T> chunk{first, last, begin, rows, packed_a.at, packed_b.at};
 #pragma omp parallel num_threads(q.num_threads)
     {
 #pragma omp for schedule(static) nowait
       for (int64_t j = 0; j < num_a; j++)
-        pack(a, q.lda, begin, end, j * kCols, q.num_a_cols, kCols, packed_a.at + j * kCols * tokens);
+        pack_samples(q, first, last, a, q.lda, q.num_a_cols, j, kCols, packed_a.at + j * kCols * rows);
 #pragma omp for schedule(static) nowait
       for (int64_t t = begin; t < end; t++)
         products.at[t - begin] = row_sum(b + t * q.ldb, q.num_b_cols) * row_sum(a + t * q.lda, q.num_a_cols);
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < num_b; i++)
-        pack(b, q.ldb, begin, end, i * kRows, q.num_b_cols, kRows, packed_b.at + i * kRows * tokens);
+        pack_samples(q, first, last, b, q.ldb, q.num_b_cols, i, kRows, packed_b.at + i * kRows * rows);
       Partial* own = partials.at + omp_get_thread_num() * group * most_samples;
 #pragma omp for schedule(dynamic, 1)
       for (int64_t g = 0; g < ceil_div(num_b, group); g++) {
@@ -270,7 +269,7 @@ int outer_product_stats(const gd_outer_product& q) {
     }
     for (int64_t s = 0; s < count; s++) {
       finish_sample(q, first + s, numbers.at + s, count, num_b);
-      sum_sample(q, first + s, begin, products.at);
+      sum_sample<T>(q, first + s, begin, products.at);
     }
   }
   return GD_OK;
