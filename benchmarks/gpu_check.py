@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 import gpu_timing  # noqa: E402  -- the package and the tests need not be installed
+import head_checks  # noqa: E402
 import kernel_checks as checks  # noqa: E402
 from report import commit, format_table, write_csv  # noqa: E402
 
@@ -61,6 +62,8 @@ def main() -> int:
         failed += run_all(compile_cases(device))
     if "checks" in phases or "small" in phases:
         failed += run_all(check_cases("cuda:0", large="checks" in phases))
+    if "checks" in phases:
+        failed += run_all(head_cases("cuda:0"))
     if "sanitizers" in phases:
         failed += sum(not sanitize(tool) for tool in ("memcheck", "racecheck"))
     if "timings" in phases:
@@ -137,6 +140,14 @@ def check_cases(device: str, large: bool) -> Iterator[Case]:
         yield f"column bounds {dtype}", lambda t=dtype: checks.check_column_bounds(device, 533, t)
     if large:
         yield "repeats, many tiles", lambda: checks.check_repeats(device, (2048, 1096), (512, 33, 0, 1000))
+
+
+def head_cases(device: str) -> Iterator[Case]:
+    """The whole pass over the LM head with the kernels, against the same pass in torch on the CPU."""
+    for name in head_checks.CASES:
+        yield f"head, {name}", lambda name=name: head_checks.check_head(device, name)
+    yield "head, nonfinite", lambda: head_checks.check_head_nonfinite(device)
+    yield "head, waits", lambda: head_checks.check_head_waits(device)
 
 
 def check_no_waiting(device: str) -> None:

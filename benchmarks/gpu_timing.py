@@ -14,11 +14,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from head_checks import forced
 from torch import Tensor
 
 from grads_dist.stats import cuda, cuda_head, cuda_launch, cuda_rows
 from grads_dist.stats.cuda_driver import DeviceLauncher
 from grads_dist.stats.cuda_tile import Tile
+from grads_dist.stats.head_pass import HeadPass
+from grads_dist.stats.head_request import HeadRequest, HeadResult, LogitTransform
+from grads_dist.stats.segments import Segments
 
 COLUMNS = "operation p d lengths variant ms ms_p20 ms_p80 tflops gb_per_s ratio repeats note".split()
 TABLE = "operation p d lengths variant ms tflops gb_per_s ratio note".split()
@@ -61,6 +65,9 @@ def cases(
     device: torch.device,
 ) -> Iterator[tuple[str, str, tuple[int, int], Callable[[], dict[str, Variant]]]]:
     """The largest matrix last: it is what a short deadline cuts off, and the least telling."""
+    yield "rows", "16 x 1024", (0, 4096), lambda: row_variants(device, [1024] * 16, 4096)
+    yield "head", "8 x 256", (128256, 0), lambda: head_variants(device, [256] * 8, 128256)
+    yield "head pass", "8 x 256", (128256, 4096), lambda: head_pass_variants(device, [256] * 8, 128256, 4096)
     for shape in reversed(SHAPES):
         for batch, lengths in BATCHES.items():
             yield (
@@ -69,8 +76,6 @@ def cases(
                 shape,
                 lambda s=shape, n=lengths: outer_product_variants(device, s, n),
             )
-    yield "rows", "16 x 1024", (0, 4096), lambda: row_variants(device, [1024] * 16, 4096)
-    yield "head", "8 x 256", (128256, 0), lambda: head_variants(device, [256] * 8, 128256)
 
 
 def time_case(labels: dict[str, object], variants: dict[str, Variant]) -> Iterator[dict[str, object]]:
@@ -214,4 +219,32 @@ def head_variants(device: torch.device, lengths: list[int], vocabulary: int) -> 
         "torch softmax": Variant(lambda: torch.softmax(logits, 1, out=out), bytes=2 * size),
         "softmax gradient": Variant(lambda: cuda_head.softmax_gradient(logits, targets, out), bytes=2 * size),
         "column bounds": Variant(lambda: cuda_head.column_bounds(out, weights, lengths), bytes=size),
+    }
+
+
+def head_pass_variants(
+    device: torch.device, lengths: list[int], vocabulary: int, width: int
+) -> dict[str, Variant]:
+    """Loss, statistics and input gradient of the head, against the loss and gradient alone in torch."""
+    rows = sum(lengths)
+    hidden = torch.randn(rows, width, device=device, dtype=torch.bfloat16)
+    weight = torch.randn(vocabulary, width, device=device, dtype=torch.bfloat16) * 2 / width**0.5
+    targets = torch.randint(0, vocabulary, (rows,), device=device)
+    shares = torch.ones(len(lengths), dtype=torch.float64, device=device)
+
+    def plain() -> None:
+        gradient = torch.softmax((hidden @ weight.t()).float(), 1)
+        torch.mm(gradient.to(weight.dtype), weight)
+
+    def with_statistics(backend: str) -> None:
+        request = HeadRequest(Segments(tuple(lengths)), shares, LogitTransform(), rows, with_stats=True)
+        with forced(backend):
+            head = HeadPass(hidden, weight, None, targets, request, HeadResult())
+            head.allocate(True, False, False)
+            head.run()
+
+    return {
+        "torch, no statistics": Variant(plain),
+        "statistics in torch": Variant(lambda: with_statistics("reference")),
+        "statistics by the kernels": Variant(lambda: with_statistics("cuda")),
     }

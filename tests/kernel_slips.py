@@ -51,6 +51,7 @@ SLIPS = {
     },
     ("statistics.cu", "check_outer"): {
         "empty sample takes what lies there": ("if (has_rows)", ""),
+        "sum has a row of the next sample": ("row < q.offsets[sample + 1]", "row <= q.offsets[sample + 1]"),
     },
     ("rows.cu", "check_embedding"): {
         "run ends early": ("place < end", "place + 1 < end"),
@@ -73,6 +74,8 @@ SLIPS = {
         "sum not carried over to the new largest": ("p.sum * expf(p.high - high)", "p.sum"),
         "elements past the row": ("i < count ? expf(x[i] - four.high) : 0.0f", "expf(x[i] - four.high)"),
         "one-hot beside the target": ("col + i == target ?", "col + i == target + 1 ?"),
+        "loss by the wrong sign": ("logf(all.sum) - (target_logit", "logf(all.sum) + (target_logit"),
+        "squares before the one-hot": ("static_cast<double>(d[i]) * d[i]", "static_cast<double>(d[i])"),
     },
     ("head.cu", "check_column_bounds"): {
         "bounds without underflow": ("lost = terms * 1.1754944e-38f", "lost = 0.0f"),

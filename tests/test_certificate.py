@@ -13,7 +13,7 @@ from grads_dist.model.anatomy import dissect
 from grads_dist.model.probed import ProbedModel
 from grads_dist.probe.batches import collate
 from grads_dist.stats import certificate, head_statistics, ops
-from grads_dist.stats.certificate import certified_statistics, pays
+from grads_dist.stats.certificate import HeadSample, certified_statistics, pays, row_bounds
 from grads_dist.stats.recorder import Recorder
 from grads_dist.stats.segments import Segments
 from grads_dist.stats.targets import resolve_targets
@@ -33,6 +33,12 @@ def problem(scale=2.0, dtype=torch.float32, n=N):
     return b, hidden, targets
 
 
+def certify(b, a, targets, skipped=None):
+    """Of one sample."""
+    bounds = row_bounds(b, a, Segments((len(b),)), "reference")
+    return certified_statistics([HeadSample(b, a, targets, skipped)], bounds)[0]
+
+
 def assert_exact(found, g):
     assert found is not None
     assert found.sumsq.item() == pytest.approx(g.square().sum().item(), rel=2e-7)
@@ -44,7 +50,7 @@ def assert_exact(found, g):
 def test_equals_the_formed_gradient(scale):
     b, a, targets = problem(scale)
     before = b.clone()
-    found = certified_statistics(b, a, targets)
+    found = certify(b, a, targets)
     assert torch.equal(b, before)
     assert_exact(found, b.double().t() @ a.double())
     assert found.rows_formed < V / 4
@@ -56,7 +62,7 @@ def test_skipped_rows_have_no_part_in_it():
     before, g = b.clone(), b.double().t() @ a.double()
     extreme = torch.stack([g.amax(1).argmax(), g.amin(1).argmin()])
     skipped = torch.unique(torch.cat([targets[:4], extreme, torch.tensor([5, 9])]))
-    found = certified_statistics(b, a, targets, skipped)
+    found = certify(b, a, targets, skipped)
     assert torch.equal(b, before)
     others = torch.ones(V, dtype=torch.bool)
     others[skipped] = False
@@ -68,20 +74,20 @@ def test_no_element_exceeds_its_rows_bound():
     for scale in (0.3, 4.0):
         b, a, _ = problem(scale)
         largest = (b.double().t() @ a.double()).abs().amax(1)
-        assert (certificate._bounds(b, a) >= largest).all()
+        assert (row_bounds(b, a, Segments((N,)), "reference")[0] >= largest).all()
 
 
 def test_a_gradient_without_small_rows_is_not_certified():
     """Every row may hold the extremes: the bound says nothing."""
     b, a = torch.randn(N, V), torch.randn(N, D)
-    assert certified_statistics(b, a, torch.randint(0, V, (N,))) is None
+    assert certify(b, a, torch.randint(0, V, (N,))) is None
 
 
 @pytest.mark.parametrize("scale", [0.3, 2.0])
 def test_rows_are_formed_until_it_is_certain(monkeypatch, scale):
     monkeypatch.setattr(certificate, "FIRST_ROWS", 1)
     b, a, targets = problem(scale)
-    found = certified_statistics(b, a, targets)
+    found = certify(b, a, targets)
     assert_exact(found, b.double().t() @ a.double())
     assert found.rows_formed > 1
 
@@ -90,8 +96,27 @@ def test_what_is_not_finite_is_not_vouched_for():
     for bad in (torch.nan, torch.inf):
         b, a, targets = problem()
         b[3, 7] = bad
-        found = certified_statistics(b, a, targets)
-        assert found is None or not found.sumsq.isfinite()
+        assert certify(b, a, targets) is None
+    b, a, targets = problem()
+    assert certify(b, a * 1e20, targets) is None  # its Gram matrix overflows
+
+
+def test_samples_of_a_chunk_are_looked_at_together(monkeypatch):
+    """One wait a look, for however many samples; and what one sample gets depends on no other."""
+    monkeypatch.setattr(certificate, "FIRST_ROWS", 4)
+    waits, on_host = [], certificate._on_host
+    monkeypatch.setattr(certificate, "_on_host", lambda x: waits.append(len(x)) or on_host(x))
+    lengths = (N, 3, 0, 1, N)
+    parts = zip(problem(0.3, n=N + 3), problem(8.0, n=N + 1), strict=True)
+    b, a, targets = (torch.cat(pair) for pair in parts)
+    b[-1, 7] = torch.nan
+    pieces = list(zip(*(x.split(list(lengths)) for x in (b, a, targets)), strict=True))
+    bounds = row_bounds(b, a, Segments(lengths), "reference")
+    found = certified_statistics([HeadSample(*piece) for piece in pieces], bounds)
+    assert waits[0] == 5 and 1 < len(waits) <= 5 and waits == sorted(waits, reverse=True)
+    assert found[4] is None and len({of_sample.rows_formed for of_sample in found[:4]}) > 1
+    for of_sample, piece in zip(found[:4], pieces, strict=False):
+        assert vars(certify(*piece)) == vars(of_sample)
 
 
 def test_it_pays_for_large_vocabularies_and_short_samples():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from kernel_emulator import EmulatedLauncher, missing
 
-from grads_dist.stats import cuda_launch
+from grads_dist.stats import backend, cuda_launch
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -24,6 +24,17 @@ def gpu_check(monkeypatch):
     return gpu_check
 
 
+@pytest.fixture
+def emulated(tmp_path, monkeypatch) -> EmulatedLauncher:
+    """CPU tensors go to the emulator where the cuda backend is forced."""
+    launcher = EmulatedLauncher(tmp_path)
+    monkeypatch.setattr(cuda_launch, "launcher_for", lambda _: launcher)
+    monkeypatch.setattr(backend, "unavailable_reason", lambda _: None)
+    backend._choose.cache_clear()
+    yield launcher
+    backend._choose.cache_clear()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_in_one_line():
     done = subprocess.run([sys.executable, str(BENCHMARKS / "gpu_check.py")], capture_output=True, text=True)
@@ -32,15 +43,23 @@ def test_without_a_gpu_it_says_so_in_one_line():
 
 
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))
-def test_its_comparisons_run(gpu_check, tmp_path, monkeypatch, capsys):
-    launcher = EmulatedLauncher(tmp_path)
-    monkeypatch.setattr(cuda_launch, "launcher_for", lambda _: launcher)
+def test_its_comparisons_run(gpu_check, emulated, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda _: None)
     # Every third: the sets are those of test_cuda_kernels.py.
-    cases = list(gpu_check.check_cases("cpu", large=False))
+    cases = [*gpu_check.check_cases("cpu", large=False), *gpu_check.head_cases("cpu")]
     assert gpu_check.run_all(iter(cases[::3])) == 0
     names = {name.split(" ")[0] for name, _ in cases}
-    assert names >= {"check_outer", "check_total", "repeats", "softmax", "embedding", "vectors", "column"}
+    assert names >= {
+        "check_outer",
+        "check_total",
+        "repeats",
+        "softmax",
+        "embedding",
+        "vectors",
+        "column",
+        "head,",
+    }
+    backend._choose.cache_clear()
 
 
 def test_a_failure_is_counted_and_shown(gpu_check, capsys):
@@ -84,15 +103,13 @@ def test_rates_and_what_does_not_fit(gpu_timing):
 
 def test_cases_past_the_deadline_are_named(gpu_timing):
     rows = list(gpu_timing.measure(torch.device("cpu"), deadline=0.0))
-    assert len(rows) == 3 * len(gpu_timing.BATCHES) + 2
+    assert len(rows) == 3 * len(gpu_timing.BATCHES) + 3
     assert all(row["note"] == "no time left" and row["ms"] is None for row in rows)
 
 
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))
-def test_what_is_timed_runs(gpu_timing, tmp_path, monkeypatch):
-    launcher = EmulatedLauncher(tmp_path)
-    monkeypatch.setattr(cuda_launch, "launcher_for", lambda _: launcher)
-    monkeypatch.setattr(gpu_timing, "wide_launcher", lambda _: launcher)
+def test_what_is_timed_runs(gpu_timing, emulated, monkeypatch):
+    monkeypatch.setattr(gpu_timing, "wide_launcher", lambda _: emulated)
     monkeypatch.setattr(gpu_timing, "WARM_UP", 1)
     device = torch.device("cpu")
     found = {
@@ -102,7 +119,8 @@ def test_what_is_timed_runs(gpu_timing, tmp_path, monkeypatch):
             "ragged": gpu_timing.outer_product_variants(device, (70, 30), [5, 3]),
             "rows": gpu_timing.row_variants(device, [5, 3], 12),
             "head": gpu_timing.head_variants(device, [5, 3], 40),
+            "head pass": gpu_timing.head_pass_variants(device, [5, 3], 40, 12),
         }.items()
     }
-    assert [len(rows) for rows in found.values()] == [6, 5, 5, 4]
+    assert [len(rows) for rows in found.values()] == [6, 5, 5, 4, 3]
     assert all(row["note"] is None for rows in found.values() for row in rows)

@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 VARIABLE = "GRADS_DIST_BACKEND"
 NAMES = ("auto", "reference", "cpu", "cuda")
 
-OUTER, ROWS = "outer products", "sums of rows"
-"""The operations."""
+OUTER, ROWS, HEAD = "outer products of gradients", "sums of rows of gradients", "softmax of the LM head"
+"""The operations. The head's type is that of its logits in the loss: float32 or float64."""
 
 
 def backend_for(device: torch.device, dtype: torch.dtype, operation: str = OUTER) -> str:
@@ -43,7 +43,7 @@ def backend_for(device: torch.device, dtype: torch.dtype, operation: str = OUTER
 def _choose(device: torch.device, dtype: torch.dtype, operation: str, forced: str) -> str:
     if forced not in NAMES:
         raise ConfigError(f"{VARIABLE}: {forced!r} is not known; allowed: {', '.join(NAMES)}")
-    what = f"{operation} of gradients on {device.type} in {str(dtype).removeprefix('torch.')}"
+    what = f"{operation} on {device.type} in {str(dtype).removeprefix('torch.')}"
     if forced == "reference":
         log.info("%s: reference, as %s says", what, VARIABLE)
         return "reference"
@@ -53,8 +53,9 @@ def _choose(device: torch.device, dtype: torch.dtype, operation: str, forced: st
         raise ConfigError(f"{VARIABLE}: {forced!r} cannot run: {obstacle}")
     if obstacle is None and forced == "auto" and kernels == "cuda":
         obstacle = f"the CUDA kernels are not tried on GPUs yet ({VARIABLE}=cuda uses them)"
-    if obstacle is None and dtype not in _types(kernels, operation):
-        obstacle = f"the {kernels} kernels do not take {dtype}"
+    types = _types(kernels, operation)
+    if obstacle is None and dtype not in types:
+        obstacle = f"the {kernels} kernels {f'do not take {dtype}' if types else 'have none of it'}"
     if obstacle is not None:
         log.info("%s: reference, because %s", what, obstacle)
         return "reference"
@@ -74,6 +75,8 @@ def _device_obstacle(kernels: str, device: torch.device) -> str | None:
 
 
 def _types(kernels: str, operation: str) -> Collection[torch.dtype]:
+    if operation == HEAD:
+        return () if kernels == "cpu" else (torch.float32,)
     if kernels == "cpu":
         return native.TYPES
     return cuda.TYPES if operation == OUTER else SUFFIXES

@@ -21,12 +21,12 @@ from grads_dist.stats.cuda_launch import (
     empty_partials,
     offsets_tensor,
     on_16_bytes,
-    to_device,
 )
 from grads_dist.stats.cuda_params import OuterProductParams
 from grads_dist.stats.cuda_rows import row_sums
 from grads_dist.stats.cuda_tile import PARTIAL_BYTES, grid_for
 from grads_dist.stats.statistics import Statistics
+from grads_dist.stats.tensors import to_device
 
 TYPES = (torch.bfloat16, torch.float16)
 """Types that `outer_product_stats` takes."""
@@ -61,6 +61,8 @@ def outer_product_stats(
     slots = grid_for(launcher.tile, shape, 1, 1, True).partials_per_sample
     per_launch = max(1, PARTIALS_LIMIT // (slots * PARTIAL_BYTES))
     partials = empty_partials(min(per_launch, num_samples) * slots, b.device)
+    # The sum needs no product: sum_t (sum_j b_tj) (sum_k a_tk).
+    sums = row_sums(b_NP)[0], row_sums(a_ND)[0]
     for first in range(0, num_samples, per_launch):
         count = min(per_launch, num_samples - first)
         grid = grid_for(launcher.tile, shape, count, launcher.num_multiprocessors, total_PD is not None)
@@ -84,8 +86,6 @@ def outer_product_stats(
         kernel = f"outer_product_stats{'' if total_PD is None else '_total'}_{SUFFIXES[b.dtype]}"
         tile = launcher.tile
         launcher.launch("outer_product.cu", kernel, params, grid.blocks, tile.threads, tile.shared_bytes)
-        results.join(launcher, partials, range(first, first + count), slots=slots, offsets=offsets)
-    # The sum needs no product: sum_t (sum_j b_tj) (sum_k a_tk). `unsafe` leaves out a check that would wait.
-    products = row_sums(b_NP)[0] * row_sums(a_ND)[0]
-    results.sum = torch.segment_reduce(products, "sum", lengths=offsets.diff(), initial=0.0, unsafe=True)
+        now = range(first, first + count)
+        results.join(launcher, partials, now, slots=slots, offsets=offsets, factors=sums)
     return results.statistics()

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from grads_dist.stats import cuda_launch
-from grads_dist.stats.cuda_launch import SUFFIXES, address, fours_aligned, offsets_tensor, rows_contiguous
+from grads_dist.stats.cuda_launch import SUFFIXES, address, fours_aligned, offsets_tensor
 from grads_dist.stats.cuda_params import ColumnBoundsParams, SoftmaxGradientParams
+from grads_dist.stats.tensors import rows_contiguous
 
 SOFTMAX_THREADS, BOUND_THREADS = 512, 128
 """kRowThreads and kBoundThreads of head.cu."""
@@ -45,7 +46,7 @@ def softmax_gradient(logits_MV: Tensor, targets_M: Tensor, out_MV: Tensor | None
     targets = targets_M.contiguous()
     names = list(dict.fromkeys((SUFFIXES[logits_MV.dtype], SUFFIXES[out.dtype])))
     num_rows, device = logits_MV.shape[0], logits_MV.device
-    logsumexp, loss = torch.empty(2, num_rows, device=device)
+    logsumexp, loss = (torch.empty(num_rows, device=device) for _ in range(2))
     sums, sumsq = torch.empty(2, num_rows, dtype=torch.float64, device=device)
     params = SoftmaxGradientParams(
         logits=address(logits_MV),
@@ -74,7 +75,7 @@ def column_bounds(gradient_MV: Tensor, row_weights_M: Tensor, lengths: list[int]
     """
     gradient = rows_contiguous(gradient_MV)
     num_samples, num_cols, device = len(lengths), gradient.shape[1], gradient.device
-    norms, weighted = torch.empty(2, num_samples, num_cols, device=device)
+    norms, weighted = (torch.empty(num_samples, num_cols, device=device) for _ in range(2))
     offsets, row_weights = offsets_tensor(lengths, device), row_weights_M.contiguous()
     blocks = -(-num_cols // (4 * BOUND_THREADS))
     params = ColumnBoundsParams(

@@ -13,6 +13,7 @@ from grads_dist.stats import cuda_driver
 from grads_dist.stats.cuda_params import SecondStageParams
 from grads_dist.stats.cuda_tile import PARTIAL_BYTES, Tile
 from grads_dist.stats.statistics import Statistics
+from grads_dist.stats.tensors import to_device
 
 SUFFIXES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 """Ends of the kernels' names."""
@@ -48,12 +49,6 @@ def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def to_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers of the host on the device, without waiting: a copy from pageable memory would."""
-    on_host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
-    return on_host.to(device, non_blocking=True)
-
-
 def offsets_tensor(lengths: Sequence[int], device: torch.device) -> Tensor:
     """Row offsets of the samples, int64 [S + 1]. Raises ValueError where rows do not fit the kernels' int."""
     offsets = [0]
@@ -77,11 +72,6 @@ def on_16_bytes(x_ND: Tensor) -> Tensor:
     return padded[:, : x_ND.shape[1]].copy_(x_ND)
 
 
-def rows_contiguous(x_ND: Tensor) -> Tensor:
-    """`x`, copied where the elements of a row are not next to each other."""
-    return x_ND if x_ND.stride(1) == 1 else x_ND.contiguous()
-
-
 def fours_aligned(x_ND: Tensor) -> bool:
     """Whether four elements from any multiple of four in a row can be loaded at once."""
     size = 4 * x_ND.itemsize
@@ -97,8 +87,9 @@ class Results:
     """Statistics of S samples, filled by the second stage."""
 
     def __init__(self, num_samples: int, device: torch.device) -> None:
-        self.sum, self.sumsq, self.low, self.high = torch.empty(
-            4, num_samples, dtype=torch.float64, device=device
+        # Tensors of their own: what an operator returns may share no memory.
+        self.sum, self.sumsq, self.low, self.high = (
+            torch.empty(num_samples, dtype=torch.float64, device=device) for _ in range(4)
         )
         self.nonfinite = torch.empty(num_samples, dtype=torch.int64, device=device)
 
@@ -111,17 +102,22 @@ class Results:
         slots: int = 0,
         offsets: Tensor | None = None,
         ranges: Tensor | None = None,
+        factors: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Join the partials of `samples`: `slots` each, or those that `ranges` [S + 1] gives to each.
 
-        With `offsets` [S + 1] a sample without rows gets zeros, whatever its partials hold.
+        With `offsets` [S + 1] a sample without rows gets zeros, whatever its partials hold. With `factors`,
+        float64 [N] each, a sample's sum is that of their products over its rows.
         """
         first = samples.start
+        left, right = factors or (None, None)
         params = SecondStageParams(
             partials=address(partials),
             ranges=address(None if ranges is None else ranges[first:]),
             offsets=address(None if offsets is None else offsets[first:]),
             slots=slots,
+            left=address(left),
+            right=address(right),
             sum=address(self.sum[first:]),
             sumsq=address(self.sumsq[first:]),
             low=address(self.low[first:]),

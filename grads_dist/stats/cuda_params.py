@@ -36,6 +36,8 @@ class SecondStageParams(ctypes.Structure):
         ("ranges", c_void_p),
         ("offsets", c_void_p),
         ("slots", c_int64),
+        ("left", c_void_p),
+        ("right", c_void_p),
         ("sum", c_void_p),
         ("sumsq", c_void_p),
         ("low", c_void_p),

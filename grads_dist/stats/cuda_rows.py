@@ -21,11 +21,11 @@ from grads_dist.stats.cuda_launch import (
     empty_partials,
     fours_aligned,
     offsets_tensor,
-    rows_contiguous,
 )
 from grads_dist.stats.cuda_params import RowRunsParams, RowSumsParams, VectorSumsParams
 from grads_dist.stats.reference import LAYER_NORM
 from grads_dist.stats.statistics import Statistics
+from grads_dist.stats.tensors import rows_contiguous
 
 VECTOR_COLS, VECTOR_THREADS, RUN_THREADS = 128, 256, 128
 """kSumCols, kSumThreads and kRunThreads of rows.cu."""

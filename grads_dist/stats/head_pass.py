@@ -6,16 +6,20 @@ n positions of one sample, D hidden size, V vocabulary, v rows of one vocabulary
 For every label position the head's gradient is G_s = sum_t d_t h_t^T with d_t = dl_s / d(W h_t + b): the
 softmax minus the one-hot target, divided by the sample's number of label tokens, taken through soft-capping
 and logit scale (docs/definitions.md, LM head). A sample's positions are never split over two chunks; a
-sample longer than a chunk recomputes its logits block by block.
+sample longer than a chunk recomputes its logits block by block. d is float32 or float64 whatever the model's
+type (docs/kernels.md, Head).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from grads_dist.stats import operators
+from grads_dist.stats.backend import HEAD, backend_for
 from grads_dist.stats.head_request import HeadRequest, HeadResult, LogitTransform
 from grads_dist.stats.head_sketch import ChunkSketch
 from grads_dist.stats.head_statistics import ChunkStatistics
@@ -48,6 +52,7 @@ class HeadPass:
         self.hidden, self.weight, self.bias, self.targets = hidden_MD, weight_VD, bias_V, targets_M
         self.request, self.result = request, result
         self.dtype = accumulation_dtype(hidden_MD.dtype)
+        self.backend = backend_for(hidden_MD.device, self.dtype, HEAD)
         self.grad_hidden: Tensor | None = None
         self.grad_weight: Tensor | None = None
         self.grad_bias: Tensor | None = None
@@ -57,8 +62,16 @@ class HeadPass:
 
     @property
     def shares_products(self) -> bool:
-        """Whether the head's weight gradient is summed from the products that the statistics are taken of."""
-        return self.request.with_stats and self.request.kept_ids is None
+        """Whether the head's weight gradient is summed from the products that the statistics are taken of.
+
+        On a GPU it is not: statistics need no products, and the gradient is one product in the model's type.
+        """
+        return self.request.with_stats and self.request.kept_ids is None and self.backend != "cuda"
+
+    @property
+    def in_bfloat16(self) -> bool:
+        """Whether products with d are left to a GPU's bfloat16 units."""
+        return self.backend == "cuda" and self.hidden.dtype == self.weight.dtype == torch.bfloat16
 
     def allocate(self, need_hidden: bool, need_weight: bool, need_bias: bool) -> None:
         """Make room for the gradients that autograd asks for."""
@@ -84,14 +97,19 @@ class HeadPass:
         accumulated = ChunkSums(self, positions, samples)
         for start in range(0, vocab, block):
             rows = slice(start, min(start + block, vocab))
-            accumulated.add(rows, self._logits(positions, rows), logsumexp)
+            accumulated.add(rows, self._logits(positions, rows, keep_type=fits), logsumexp)
         accumulated.finish()
 
-    def _logits(self, positions: slice, rows: slice) -> Tensor:
+    def _logits(self, positions: slice, rows: slice, keep_type: bool = False) -> Tensor:
+        """Final logits in the accumulation type; in the model's where it is kept and a kernel takes it."""
         raw = self.hidden[positions] @ self.weight[rows].t()
         if self.bias is not None:
             raw = raw + self.bias[rows]
-        return self.request.transform(raw.to(self.dtype))
+        transform = self.request.transform
+        kernel_takes_it = self.backend == "cuda" and raw.dtype == torch.bfloat16
+        if keep_type and kernel_takes_it and transform == LogitTransform():
+            return raw
+        return transform(raw.to(self.dtype))
 
     def _logsumexp(self, positions: slice) -> Tensor:
         size = self.request.chunk_positions
@@ -122,29 +140,24 @@ class ChunkSums:
         self.hidden = pass_.hidden[positions].to(pass_.dtype)
         self.targets = pass_.targets[positions]
         self.nll = torch.zeros(_length(positions), dtype=pass_.dtype, device=pass_.hidden.device)
-        self.p_sumsq, self.p_target = torch.zeros_like(self.nll), torch.zeros_like(self.nll)
-        num_labels = self.segments.lengths_tensor(pass_.hidden.device)
-        weights = pass_.request.sample_weights[samples.start : samples.stop]
-        self.inverse_n = 1 / num_labels.double()
-        scaled = weights * self.inverse_n
-        self.weights = tuple(scaled.tolist())
-        self.weight_m = scaled.to(pass_.dtype)[self.sample_m]
+        self.error_sumsq = torch.zeros_like(self.nll)
+        self.inverse_n = 1 / self.segments.lengths_tensor(pass_.hidden.device).double()
+        self.sample_weights = pass_.request.sample_weights[samples.start : samples.stop] * self.inverse_n
+        self.weight_m = self.sample_weights.to(pass_.dtype)[self.sample_m]
         self.statistics = ChunkStatistics(pass_, self) if pass_.request.with_stats else None
         wanted = pass_.request.projections
         self.sketch = None if wanted is None else ChunkSketch(wanted, pass_.weight.shape[0], self.nll)
 
+    @cached_property
+    def weights(self) -> tuple[float, ...]:
+        """`sample_weights` on the host."""
+        return tuple(self.sample_weights.tolist())
+
     def add(self, rows: slice, logits: Tensor, logsumexp: Tensor | None) -> None:
         """Take in the logits of the vocabulary rows `rows`, which are overwritten."""
-        logsumexp = logits.logsumexp(1) if logsumexp is None else logsumexp
-        own = ((self.targets >= rows.start) & (self.targets < rows.stop)).nonzero().squeeze(1)
-        columns = self.targets[own] - rows.start
-        self.nll[own] = logsumexp[own] - logits[own, columns]
         transform = self.p.request.transform
         slope = None if transform == LogitTransform() else transform.derivative(logits)
-        d_mv = logits.sub_(logsumexp[:, None]).exp_()  # n_i times d until `finish`
-        self.p_sumsq += torch.linalg.vector_norm(d_mv, dim=1).square()
-        self.p_target[own] = d_mv[own, columns]
-        d_mv[own, columns] -= 1
+        d_mv = self._softmax_gradient(rows, logits, logsumexp)  # n_i times d until `finish`
         if slope is not None:
             d_mv.mul_(slope)
         if self.statistics is not None:
@@ -153,28 +166,40 @@ class ChunkSums:
             self.sketch.add(rows, d_mv)
         self._add_gradients(rows, d_mv)
 
+    def _softmax_gradient(self, rows: slice, logits: Tensor, logsumexp: Tensor | None) -> Tensor:
+        """Softmax minus one-hot; adds up loss and squares."""
+        out = None if logits.dtype == self.p.dtype else torch.empty_like(logits, dtype=self.p.dtype)
+        # The kernel takes whole rows.
+        backend = self.p.backend if logsumexp is None else "reference"
+        nll, sumsq = operators.softmax_gradient(logits, self.targets, logsumexp, out, rows.start, backend)
+        self.nll += nll
+        self.error_sumsq += sumsq
+        return logits if out is None else out
+
     def _add_gradients(self, rows: slice, d_mv: Tensor) -> None:
         p = self.p
         if p.grad_hidden is None and p.grad_weight is None and p.grad_bias is None:
             return
         # The weights multiply the narrow factors, not d: it has V columns, and scaled down it would
         # underflow in float16.
+        narrow_mv = d_mv.to(p.weight.dtype)
         if p.grad_hidden is not None:
-            wide = (d_mv.to(p.weight.dtype) @ p.weight[rows]).to(p.dtype)
+            wide = (narrow_mv @ p.weight[rows]).to(p.dtype)
             p.grad_hidden[self.positions] += wide.mul_(self.weight_m[:, None])
         if p.grad_weight is not None and not p.shares_products:
-            p.grad_weight[rows].addmm_(d_mv.t(), self.hidden * self.weight_m[:, None])
+            weighted = self.hidden * self.weight_m[:, None]
+            if p.in_bfloat16:
+                p.grad_weight[rows] += narrow_mv.t() @ weighted.to(narrow_mv.dtype)
+            else:
+                p.grad_weight[rows].addmm_(d_mv.t(), weighted)
         if p.grad_bias is not None:
             p.grad_bias[rows] += self.weight_m @ d_mv
 
     def finish(self) -> None:
         """Hand the chunk's sums to the pass' result."""
         result, samples = self.p.result, slice(self.samples.start, self.samples.stop)
-        lengths = self.segments.lengths_tensor(self.nll.device)
-        result.losses[samples] = torch.segment_reduce(self.nll, "mean", lengths=lengths)
-        # |p - onehot|^2 = |p|^2 - 2 p_y + 1, in the form that keeps its accuracy when p_y is near 1.
-        error = (self.p_sumsq - self.p_target.square() + (1 - self.p_target).square()).clamp_min(0).sqrt()
-        result.el2n[samples] = torch.segment_reduce(error, "mean", lengths=lengths)
+        result.losses[samples] = self.segments.reduce(self.nll, "mean")
+        result.el2n[samples] = self.segments.reduce(self.error_sumsq.sqrt(), "mean")
         scale = self.inverse_n
         if self.sketch is not None:
             found = self.sketch.finish(self.hidden, self.segments) * scale[:, None, None]

@@ -5,13 +5,21 @@ Shape legend: m label positions of the chunk, n of one sample, D hidden size, v 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from grads_dist.stats.backend import backend_for
-from grads_dist.stats.certificate import Certified, certified_statistics, gram_sumsq, pays
+from grads_dist.stats.certificate import (
+    Certified,
+    HeadSample,
+    certified_statistics,
+    gram_sumsq,
+    pays,
+    row_bounds,
+)
 from grads_dist.stats.ops import BatchGradient, dense_row_stats, outer_product_stats, ragged_row_stats
 from grads_dist.stats.segments import Segments
 from grads_dist.stats.statistics import Statistics
@@ -40,8 +48,7 @@ class ChunkStatistics:
     def add(self, rows: slice, d_mv: Tensor) -> None:
         """Take in the gradient at the logits of the vocabulary rows `rows`."""
         if self.p.bias is not None:
-            lengths = self.c.segments.lengths_tensor(d_mv.device)
-            bias_gradient = torch.segment_reduce(d_mv, "sum", lengths=lengths, axis=0)
+            bias_gradient = self.c.segments.reduce(d_mv, "sum")
             self.bias_stats = self.bias_stats.merge(dense_row_stats(bias_gradient))
         if self._can_certify(d_mv):
             self._add_whole(d_mv)
@@ -77,95 +84,128 @@ class ChunkStatistics:
     def _block_rows(self) -> int:
         """Vocabulary rows of one block of a sample's gradient; the kernels have blocks of their own."""
         vocab, dim = self.p.weight.shape
-        if backend_for(self.p.hidden.device, self.p.dtype) != "reference":
+        if self.p.in_bfloat16 or backend_for(self.p.hidden.device, self.p.dtype) != "reference":
             return int(vocab)
         size = BLOCK_BYTES.get(self.p.hidden.device.type, DEFAULT_BLOCK_BYTES)
         return max(1, size // (dim * self.p.dtype.itemsize))
 
-    def _samples(self) -> list[tuple[int, slice]]:
-        offsets = self.c.segments.offsets
-        return [(sample, slice(offsets[i], offsets[i + 1])) for i, sample in enumerate(self.c.samples)]
+    def _samples(self, d_mv: Tensor) -> list[HeadSample]:
+        offsets, kept_ids, samples = self.c.segments.offsets, self.p.request.kept_ids, []
+        for i, sample in enumerate(self.c.samples):
+            rows = slice(offsets[i], offsets[i + 1])
+            ids = None if kept_ids is None else kept_ids[sample]
+            samples.append(HeadSample(d_mv[rows], self.c.hidden[rows], self.c.targets[rows], ids))
+        return samples
 
     def _add_whole(self, d_mV: Tensor) -> None:
-        """All of the vocabulary at once, sample by sample."""
-        kept_ids, found, kept = self.p.request.kept_ids, [], []
-        for i, (sample, rows) in enumerate(self._samples()):
-            d, hidden = d_mV[rows], self.c.hidden[rows]
-            ids = None if kept_ids is None else kept_ids[sample]
-            found.append(self._one_sample(d, hidden, self.c.targets[rows], ids))
-            if ids is not None:
-                kept_rows = d[:, ids].t() @ hidden
-                kept.append(ragged_row_stats(kept_rows, Segments((len(ids),))))
-                self.kept_rows[i].append(kept_rows)
-        of_chunk = Statistics.concatenate(found)
+        """All of the vocabulary at once."""
+        samples = self._samples(d_mV)
+        found = [self._moments(sample) for sample in samples]
+        self._certify(samples, d_mV, found)
+        for i, sample in enumerate(samples):
+            if found[i] is None:
+                found[i] = self._formed(sample.b_nV, sample.a_nD, sample.skipped)
+                self.p.result.num_formed_whole += 1
+        of_chunk = Statistics.concatenate([stats for stats in found if stats is not None])
         self.stats = self.stats.merge(of_chunk)
-        if kept_ids is not None:
+        if self.p.request.kept_ids is not None:
             self.rest = self.rest.merge(of_chunk)
-            self.stats = self.stats.merge(Statistics.concatenate(kept))
+            self.stats = self.stats.merge(self._kept(samples))
 
-    def _one_sample(
-        self, d_nV: Tensor, hidden_nD: Tensor, targets_n: Tensor, ids: Tensor | None
-    ) -> Statistics:
-        """Statistics of one sample's gradient without the rows `ids`."""
-        result = self.p.result
-        if not self.p.request.extremes and 2 * len(d_nV) < hidden_nD.shape[1]:
-            sumsq = gram_sumsq(d_nV, hidden_nD, targets_n, ids)
-            unknown = torch.full_like(sumsq, torch.nan)
-            return _statistics(Certified(sumsq, unknown, unknown.clone(), 0), d_nV, hidden_nD, ids)
-        if pays(len(d_nV), d_nV.shape[1], hidden_nD.shape[1]):
-            found = certified_statistics(d_nV, hidden_nD, targets_n, ids)
-            if found is not None and bool(found.sumsq.isfinite()):
-                result.rows_formed += found.rows_formed
-                result.num_certified += 1
-                return _statistics(found, d_nV, hidden_nD, ids)
-        result.num_formed_whole += 1
-        return _without_rows(d_nV, hidden_nD, ids)
+    def _moments(self, sample: HeadSample) -> Statistics | None:
+        """Sum and sum of squares where no more is asked for and Gram matrices are the cheaper way."""
+        num_positions, dim = sample.a_nD.shape
+        if self.p.request.extremes or 2 * num_positions >= dim:
+            return None
+        sumsq = gram_sumsq(sample)
+        unknown = torch.full_like(sumsq, torch.nan)
+        return _statistics(Certified(sumsq, unknown, unknown.clone(), 0), sample)
+
+    def _certify(self, samples: list[HeadSample], d_mV: Tensor, found: list[Statistics | None]) -> None:
+        """Fill in what a bound vouches for."""
+        vocab, dim = self.p.weight.shape
+        wanted = [
+            i for i, stats in enumerate(found) if stats is None and pays(len(samples[i].b_nV), vocab, dim)
+        ]
+        if not wanted:
+            return
+        bounds = row_bounds(d_mV, self.c.hidden, self.c.segments, self.p.backend)
+        certified = certified_statistics([samples[i] for i in wanted], [bounds[i] for i in wanted])
+        for i, of_sample in zip(wanted, certified, strict=True):
+            if of_sample is not None:
+                found[i] = _statistics(of_sample, samples[i])
+                self.p.result.rows_formed += of_sample.rows_formed
+                self.p.result.num_certified += 1
+
+    def _kept(self, samples: list[HeadSample]) -> Statistics:
+        """Keep the rows of G at each sample's `skipped`; their statistics."""
+        kept = [s.b_nV.index_select(1, s.skipped).t() @ s.a_nD for s in samples if s.skipped is not None]
+        for rows, of_sample in zip(self.kept_rows, kept, strict=True):
+            rows.append(of_sample)
+        return ragged_row_stats(torch.cat(kept), Segments(tuple(len(rows) for rows in kept)))
 
     def _add_block(self, block: slice, d_mv: Tensor) -> None:
         if self.p.request.kept_ids is None:
             gradient = None
-            if self.p.grad_weight is not None:
+            if self.p.shares_products and self.p.grad_weight is not None:
                 gradient = BatchGradient(self.p.grad_weight[block], self.c.weights)
-            found = outer_product_stats(d_mv, self.c.hidden, self.c.segments, gradient)
+            found = self._products(d_mv, self.c.hidden, self.c.segments, gradient)
             self.stats = self.stats.merge(found)
             return
-        rest, kept = [], []
-        for i, (sample, rows) in enumerate(self._samples()):
-            ids = self.p.request.kept_ids[sample]
-            ids = ids[(ids >= block.start) & (ids < block.stop)] - block.start
-            rest.append(_without_rows(d_mv[rows], self.c.hidden[rows], ids))
-            kept_rows = d_mv[rows][:, ids].t() @ self.c.hidden[rows]
-            kept.append(ragged_row_stats(kept_rows, Segments((len(ids),))))
-            self.kept_rows[i].append(kept_rows)
-        rest_of_block = Statistics.concatenate(rest)
-        self.rest = self.rest.merge(rest_of_block)
-        self.stats = self.stats.merge(rest_of_block).merge(Statistics.concatenate(kept))
+        samples = [_within(sample, block) for sample in self._samples(d_mv)]
+        rest = Statistics.concatenate([self._formed(s.b_nV, s.a_nD, s.skipped) for s in samples])
+        self.rest = self.rest.merge(rest)
+        self.stats = self.stats.merge(rest).merge(self._kept(samples))
+
+    def _formed(self, d_nv: Tensor, hidden_nD: Tensor, ids: Tensor | None) -> Statistics:
+        """Statistics of one sample's gradient block, formed, without the rows `ids`."""
+        if ids is not None:
+            others = torch.ones(d_nv.shape[1], dtype=torch.bool, device=d_nv.device)
+            others[ids] = False
+            if len(ids) == d_nv.shape[1]:
+                return Statistics.empty(1, d_nv.device)
+            d_nv = d_nv[:, others]
+        return self._products(d_nv, hidden_nD, Segments((d_nv.shape[0],)))
+
+    def _products(
+        self, d_mv: Tensor, hidden_mD: Tensor, segments: Segments, gradient: BatchGradient | None = None
+    ) -> Statistics:
+        if not self.p.in_bfloat16:
+            return outer_product_stats(d_mv, hidden_mD, segments, gradient)
+        # Hidden states of bfloat16 lose nothing by going back to it; d comes as a sum of three.
+        hidden_mD = hidden_mD.bfloat16().repeat_interleave(3, 0)
+        return outer_product_stats(bfloat16_terms(d_mv), hidden_mD, segments.repeated(3), gradient)
 
 
-def _statistics(found: Certified, d_nV: Tensor, hidden_nD: Tensor, ids: Tensor | None) -> Statistics:
+def bfloat16_terms(x_mv: Tensor) -> Tensor:
+    """Three bfloat16 rows for each float32 row, whose sum it is: 3 times 8 bits hold all 24 [3 m, v]."""
+    first = x_mv.bfloat16()
+    rest = x_mv - first
+    second = rest.bfloat16()
+    return torch.stack([first, second, (rest - second).bfloat16()], 1).flatten(0, 1)
+
+
+def _within(sample: HeadSample, block: slice) -> HeadSample:
+    """The same with those of `skipped` that are in a block of the vocabulary, counted from its start."""
+    assert sample.skipped is not None
+    ids = sample.skipped
+    ids = ids[(ids >= block.start) & (ids < block.stop)] - block.start
+    return replace(sample, skipped=ids)
+
+
+def _statistics(found: Certified, sample: HeadSample) -> Statistics:
     """With the sum in its rank-1 form."""
-    columns = d_nV.sum(1, dtype=torch.float64)
-    if ids is not None:
-        columns = columns - d_nV.index_select(1, ids).sum(1, dtype=torch.float64)
-    total = (columns * hidden_nD.sum(1, dtype=torch.float64)).sum()
+    columns = sample.b_nV.sum(1, dtype=torch.float64)
+    if sample.skipped is not None:
+        columns = columns - sample.b_nV.index_select(1, sample.skipped).sum(1, dtype=torch.float64)
+    total = (columns * sample.a_nD.sum(1, dtype=torch.float64)).sum()
     return Statistics(
         sum=total[None],
         sumsq=found.sumsq[None],
         min=found.low[None],
         max=found.high[None],
-        nonfinite=torch.zeros(1, dtype=torch.int64, device=d_nV.device),
+        nonfinite=torch.zeros(1, dtype=torch.int64, device=total.device),
     )
-
-
-def _without_rows(d_nv: Tensor, hidden_nD: Tensor, ids: Tensor | None) -> Statistics:
-    """Statistics of one sample's gradient block, formed, without the rows `ids`."""
-    if ids is not None:
-        others = torch.ones(d_nv.shape[1], dtype=torch.bool, device=d_nv.device)
-        others[ids] = False
-        if len(ids) == d_nv.shape[1]:
-            return Statistics.empty(1, d_nv.device)
-        d_nv = d_nv[:, others]
-    return outer_product_stats(d_nv, hidden_nD, Segments((d_nv.shape[0],)))
 
 
 def _append(before: Statistics | None, more: Statistics) -> Statistics:

@@ -10,7 +10,7 @@ Shape legend: S samples, N packed rows, P outputs and D inputs of a weight, V vo
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -78,9 +78,8 @@ def outer_product_moments(b_NP: Tensor, a_ND: Tensor, segments: Segments) -> Sta
         lengths = tuple(segments.lengths[s] for s in long)
         sumsq[long] = outer_product_stats(rows[0], rows[1], Segments(lengths)).sumsq
     row_products = b_NP.sum(1, dtype=torch.float64) * a_ND.sum(1, dtype=torch.float64)
-    lengths_S = segments.lengths_tensor(b_NP.device)
     unknown = torch.full_like(sumsq, torch.nan)
-    found = (reference.segment_sum(row_products, lengths_S), sumsq, unknown, unknown.clone())
+    found = (segments.reduce(row_products, "sum"), sumsq, unknown, unknown.clone())
     return _checked(found, _gradient_of(b_NP, a_ND, segments))
 
 
@@ -121,7 +120,7 @@ def vector_stats(x_ND: Tensor, segments: Segments, normalised: Normalised | None
         segments: rows of each sample; an empty sample has a zero gradient.
         normalised: the norm's input, packed likewise.
     """
-    run_offsets = torch.tensor(segments.offsets, dtype=torch.int64, device=x_ND.device)
+    run_offsets = segments.offsets_tensor(x_ND.device)
     return _row_sum_stats(x_ND, normalised, None, run_offsets, (1,) * len(segments))
 
 
@@ -150,7 +149,7 @@ class EmbeddingRows:
         ordered = self.b_ND.index_select(0, self.order_N).to(dtype)
         if not len(self.ids):
             return ordered
-        return torch.segment_reduce(ordered, "sum", lengths=self.run_offsets.diff(), axis=0, initial=0.0)
+        return torch.segment_reduce(ordered, "sum", lengths=self.run_offsets.diff(), unsafe=True)
 
 
 def embedding_rows(
@@ -221,6 +220,8 @@ def _row_sum_stats(
 
 def dense_row_stats(g_SD: Tensor) -> Statistics:
     """Statistics of every row of a matrix, each row a whole gradient."""
+    if backend_for(g_SD.device, g_SD.dtype, ROWS) == "cuda":
+        return ragged_row_stats(g_SD, Segments((1,) * len(g_SD)))
     found = (
         g_SD.sum(1, dtype=torch.float64),
         row_sumsq(g_SD),
@@ -260,8 +261,14 @@ def grouped_stats(present: Statistics, segments: Segments, num_groups: int) -> S
 def ragged_row_stats(rows_UD: Tensor, segments: Segments) -> Statistics:
     """Statistics over all elements of each sample's rows; a sample without rows gives the neutral element."""
     lengths = segments.lengths_tensor(rows_UD.device)
-    total, sumsq, low, high = reference.ragged_row_stats(rows_UD, lengths)
     without = lengths == 0
+    if backend_for(rows_UD.device, rows_UD.dtype, ROWS) == "cuda":
+        # Every row is the sum of a run of its own.
+        runs = torch.arange(len(rows_UD) + 1, device=rows_UD.device)
+        stats = _row_sum_stats(rows_UD, None, None, runs, segments.lengths)
+        low, high = (torch.where(without, x, y) for x, y in ((torch.inf, stats.min), (-torch.inf, stats.max)))
+        return replace(stats, min=low, max=high)
+    total, sumsq, low, high = reference.ragged_row_stats(rows_UD, lengths)
     found = (total, sumsq, low.masked_fill(without, torch.inf), high.masked_fill(without, -torch.inf))
     offsets = segments.offsets
     return _checked(found, lambda sample: rows_UD[offsets[sample] : offsets[sample + 1]])
@@ -290,7 +297,8 @@ def _checked(found: tuple[Tensor, ...], gradient_of: Callable[[int], Tensor]) ->
         largest.isnan(), sumsq < SMALLEST_FLOAT32**2, (largest > 0) & (largest < SMALLEST_FLOAT32)
     )
     suspects = ~sumsq.isfinite() | tiny
-    for sample in suspects.nonzero().flatten().tolist():
+    # Here the host waits for the device. What the CUDA kernels give needs no repair and does not come here.
+    for sample in [sample for sample, suspect in enumerate(suspects.tolist()) if suspect]:
         g = gradient_of(sample)
         stats.nonfinite[sample] = (~g.isfinite()).sum()
         stats.sumsq[sample] = g.double().square().sum()

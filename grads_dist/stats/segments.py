@@ -11,6 +11,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from grads_dist.stats.tensors import to_device
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -43,12 +45,28 @@ class Segments:
 
     def lengths_tensor(self, device: torch.device) -> Tensor:
         """Lengths as int64 [S] on `device`."""
-        return torch.tensor(self.lengths, dtype=torch.int64, device=device)
+        return self.offsets_tensor(device).diff()
+
+    def offsets_tensor(self, device: torch.device) -> Tensor:
+        """Offsets as int64 [S + 1] on `device`; made once, not to be changed."""
+        found = self._offsets_on.get(device)
+        if found is None:
+            found = self._offsets_on[device] = to_device(self.offsets, torch.int64, device)
+        return found
+
+    @cached_property
+    def _offsets_on(self) -> dict[torch.device, Tensor]:
+        return {}
 
     def sample_of_row(self, device: torch.device) -> Tensor:
         """The sample that each packed row belongs to, int64 [N]."""
         samples = torch.arange(len(self), device=device)
         return samples.repeat_interleave(self.lengths_tensor(device), output_size=self.num_rows)
+
+    def reduce(self, x_N: Tensor, how: str) -> Tensor:
+        """`torch.segment_reduce` over each sample's rows: "sum", "mean", "min" or "max"."""
+        # `unsafe` leaves out a check of the lengths, for which the host would wait for the device.
+        return torch.segment_reduce(x_N, how, lengths=self.lengths_tensor(x_N.device), unsafe=True)
 
 
 class BatchLayout:
@@ -133,11 +151,14 @@ class BatchLayout:
 
     def _kept_slots(self, device: torch.device) -> Tensor:
         if self._keep is None or self._keep.device != device:
-            real = self._real
-            if real is None:
-                lengths = self.segments.lengths_tensor(device)
-                real = torch.arange(self.padded_length, device=device) < lengths[:, None]
-            self._keep = real.to(device).flatten().nonzero().squeeze(1)
+            if self._real is None:
+                # Nothing has to be waited for, as for the positions of what is true it would be.
+                before = torch.arange(self.num_samples, device=device) * self.padded_length
+                before -= self.segments.offsets_tensor(device)[:-1]
+                rows = torch.arange(self.segments.num_rows, device=device)
+                self._keep = rows + before[self.segments.sample_of_row(device)]
+            else:
+                self._keep = self._real.to(device).flatten().nonzero().squeeze(1)
         return self._keep
 
 

@@ -6,6 +6,7 @@ struct SecondStage {
   const i64* ranges;   // S + 1, the partials of each sample; null: every sample has `slots` of them
   const i64* offsets;  // S + 1, the sample's rows, or null; a sample without rows has a zero gradient
   i64 slots;
+  const double *left, *right;  // a number a row, or null: the sum is that of their products, not of the partials
   double *sum, *sumsq, *low, *high;  // S each
   i64* nonfinite;                    // S
 };
@@ -23,6 +24,10 @@ GD_DEVICE void join_partials_of_sample(const SecondStage& q) {
   // Nothing was written for a sample without rows.
   if (has_rows)
     for (i64 i = begin + threadIdx.x; i < end; i += kSecondStageThreads) join(mine, q.partials[i]);
+  if (q.left)
+#pragma unroll 1
+    for (i64 row = q.offsets[sample] + threadIdx.x; row < q.offsets[sample + 1]; row += kSecondStageThreads)
+      mine.sum += q.left[row] * q.right[row];
   const Partial all = join_threads<kSecondStageThreads>(mine, scratch);
   if (threadIdx.x != 0) return;
   q.sum[sample] = all.sum;
