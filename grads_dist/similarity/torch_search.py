@@ -1,6 +1,8 @@
-"""Exact inner-product search in blocks with torch: the fallback of faiss, and its oracle."""
+"""Inner-product search in blocks with torch: the fallback of faiss, and its oracle."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -10,25 +12,30 @@ _QUERY_ROWS = 512
 _BASE_ROWS = 1 << 16
 
 
-def search(unit: np.ndarray, num_results: int, device: str) -> tuple[np.ndarray, np.ndarray]:
-    """The rows with the largest inner products with each row, itself included.
+def searcher(units: np.ndarray, device: str) -> Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]:
+    """A function that finds the rows with the largest inner products with each query.
 
     Args:
-        unit: unit vectors, float32 [m, k].
-        num_results: results a row, at most m.
-        device: "cpu" or "cuda".
+        units: the rows that are searched, float32 [m, dim].
+        device: "cpu" or "cuda", where they are kept.
 
     Returns:
-        Cosines float32 [m, num_results], falling, and row numbers int64 of the same shape.
+        A function of queries, float32 [q, dim], and the results a query, at most m; it gives scores float32
+        [q, results], falling, and row numbers int64 of the same shape.
     """
-    base = torch.from_numpy(unit).to(device)
-    cosine = np.empty((len(unit), num_results), np.float32)
-    ids = np.empty((len(unit), num_results), np.int64)
-    for start in range(0, len(unit), _QUERY_ROWS):
-        values, rows = _best(base[start : start + _QUERY_ROWS], base, num_results)
-        cosine[start : start + len(values)] = values.cpu().numpy()
-        ids[start : start + len(rows)] = rows.cpu().numpy()
-    return cosine, ids
+    base = torch.from_numpy(units).to(device)
+
+    def find(queries: np.ndarray, num_results: int) -> tuple[np.ndarray, np.ndarray]:
+        scores = np.empty((len(queries), num_results), np.float32)
+        rows = np.empty((len(queries), num_results), np.int64)
+        for start in range(0, len(queries), _QUERY_ROWS):
+            block = torch.from_numpy(queries[start : start + _QUERY_ROWS]).to(device)
+            block_scores, block_rows = _best(block, base, num_results)
+            scores[start : start + len(block)] = block_scores.cpu().numpy()
+            rows[start : start + len(block)] = block_rows.cpu().numpy()
+        return scores, rows
+
+    return find
 
 
 def _best(queries: torch.Tensor, base: torch.Tensor, num_results: int) -> tuple[torch.Tensor, torch.Tensor]:
