@@ -7,14 +7,15 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from grads_dist.config import Config
+from grads_dist.config import Config, TableConfig
 from grads_dist.errors import ConfigError
 from grads_dist.parsing import build, make_parser, parse, take_flags, values_of
 from grads_dist.runtime.launcher import detect
 
 Action = Callable[[], str | None]
+C = TypeVar("C")
 BUDGETS = ("fraction", "rows", "tokens")
 
 
@@ -41,7 +42,7 @@ def prepare(args: Sequence[str]) -> Action:
 
 def _prepare_run(args: Sequence[str]) -> Action:
     flags, args = take_flags(_flags("--overwrite"), args)
-    config = _configure("run", args)
+    config = _configure("run", args, Config)
     _require_model(config)
 
     def action() -> str | None:
@@ -54,7 +55,7 @@ def _prepare_run(args: Sequence[str]) -> Action:
 
 def _prepare_probe(args: Sequence[str]) -> Action:
     flags, args = take_flags(_flags("--overwrite"), args)
-    config = _configure("probe", args)
+    config = _configure("probe", args, Config)
     _require_model(config)
 
     def action() -> str | None:
@@ -66,28 +67,69 @@ def _prepare_probe(args: Sequence[str]) -> Action:
 
 
 def _prepare_select(args: Sequence[str]) -> Action:
+    flags, args = take_flags(_flags("--table", "--features", "--compare"), args)
+    if flags.compare is not None:
+        return _prepare_compare(flags.compare, args)
+    if flags.table is not None:
+        return _prepare_table(flags.table, flags.features, args)
+    if flags.features is not None:
+        raise ConfigError(
+            f"features: {flags.features!r} is given without a table; allowed: beside --table, or "
+            "--similarity.features NAME for those of a run"
+        )
     if not values_of("--config", args) and "--help" not in args and "-h" not in args:
         folder = values_of("--output_dir", args)[-1:] or ["run"]
         base = Path(folder[0]) / "config.yaml"
         if not base.is_file():
             raise ConfigError(
-                f"output_dir: {folder[0]!r} holds no config.yaml; allowed: the folder of a finished probe"
+                f"output_dir: {folder[0]!r} holds no config.yaml; allowed: the folder of a finished probe, "
+                "or --table FILE.parquet"
             )
         # The folder may have been moved since its configuration was written.
         args = ["--config", str(base), "--output_dir", folder[0], *args]
-    config = _configure("select", args)
+    config = _configure("select", args, Config)
 
     def action() -> str | None:
-        from grads_dist import pipeline
+        from grads_dist import selecting
 
-        return pipeline.select(config)
+        return selecting.select(config)
+
+    return action
+
+
+def _prepare_table(table: str, features: str | None, args: Sequence[str]) -> Action:
+    given = [arg for arg in args if arg.startswith("--data.")]
+    if given and not values_of("--data.path", args) and not values_of("--config", args):
+        raise ConfigError(
+            f"data.path: not given, but {given[0]} is; allowed: the corpus that the table is about"
+        )
+    config = _configure("select", args, TableConfig)
+
+    def action() -> str | None:
+        from grads_dist import selecting
+
+        return selecting.select_table(config, table, features)
+
+    return action
+
+
+def _prepare_compare(names: list[str], args: Sequence[str]) -> Action:
+    flags, rest = take_flags(_flags("--output_dir"), args)
+    if rest:
+        raise ConfigError(f"arguments: {rest[0]!r} is not allowed beside --compare; allowed: --output_dir")
+    folder = flags.output_dir if values_of("--output_dir", args) else "run"
+
+    def action() -> str | None:
+        from grads_dist import selecting
+
+        return selecting.compare(folder, names)
 
     return action
 
 
 def _prepare_inspect(args: Sequence[str]) -> Action:
     flags, args = take_flags(_flags("--count"), args)
-    config = _configure("inspect", args)
+    config = _configure("inspect", args, Config)
     _require_model(config)
     _require_positive("count", flags.count)
 
@@ -123,9 +165,7 @@ COMMANDS = {
     "probe": Command(
         "read per-sample gradient statistics of every row into the score table", _prepare_probe, True
     ),
-    "select": Command(
-        "select a subset of a probed corpus; needs no GPU and no model", _prepare_select, False
-    ),
+    "select": Command("select a subset of a probed corpus; needs no GPU and no model", _prepare_select, True),
     "inspect": Command("show how rows are formatted and which tokens carry loss", _prepare_inspect, False),
     "demo": Command("the whole job on a corpus and a model that need no download", _prepare_demo, False),
 }
@@ -135,9 +175,20 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "--overwrite": {"action": "store_true", "help": "replace an earlier run in the output directory"},
     "--count": {"type": int, "default": 3, "help": "rows to show"},
     "--output_dir": {"default": "runs/demo", "help": "the run directory"},
+    "--table": {"help": "select from this Parquet table, which no probe wrote, into the output directory"},
+    "--features": {"help": "features of the rows of --table, a .npy file"},
+    "--compare": {
+        "nargs": "*",
+        "help": "only show these selections of the output directory side by side, all without names",
+    },
     "--processes": {"type": int, "default": 2, "help": "ranks to start"},
 }
-_FLAGS_OF = {"run": ("--overwrite",), "probe": ("--overwrite",), "inspect": ("--count",)}
+_FLAGS_OF = {
+    "run": ("--overwrite",),
+    "probe": ("--overwrite",),
+    "select": ("--table", "--features", "--compare"),
+    "inspect": ("--count",),
+}
 
 
 def _flags(*names: str, command: str | None = None) -> argparse.ArgumentParser:
@@ -154,10 +205,10 @@ def _flags(*names: str, command: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
-def _configure(name: str, args: Sequence[str]) -> Config:
+def _configure(name: str, args: Sequence[str], schema: type[C]) -> C:
     also = [f" {flag}: {_FLAGS[flag]['help']}." for flag in _FLAGS_OF.get(name, ())]
-    parser = make_parser(f"grads-dist {name}", Config, f"{COMMANDS[name].help}.{''.join(also)}")
-    return build(parser, parse(parser, _replace_budget(args), Config), Config)
+    parser = make_parser(f"grads-dist {name}", schema, f"{COMMANDS[name].help}.{''.join(also)}")
+    return build(parser, parse(parser, _replace_budget(args), schema), schema)
 
 
 def _replace_budget(args: Sequence[str]) -> list[str]:

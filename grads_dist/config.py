@@ -47,6 +47,27 @@ class Config:
                 raise ConfigError(f"{name}: {value!r} is not allowed; allowed: a path")
 
 
+@dataclass(frozen=True, kw_only=True)
+class TableConfig:
+    """Everything that a selection from a table of the user's depends on, beside the table."""
+
+    data: DataConfig | None = None
+    """The corpus that the table is about, for the subset."""
+
+    similarity: SimilarityConfig = field(default_factory=SimilarityConfig)
+    """Nearest neighbours in feature space."""
+
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    """The score, the budget and what is picked."""
+
+    output_dir: str = "run"
+    """Where the selection goes."""
+
+    def __post_init__(self) -> None:
+        if not self.output_dir.strip():
+            raise ConfigError(f"output_dir: {self.output_dir!r} is not allowed; allowed: a path")
+
+
 def save_config(config: Config, path: Path) -> None:
     """Write `config` with every default filled in; `load_config` gives an equal one back."""
     content = asdict(config)

@@ -13,11 +13,12 @@ from grads_dist import provenance
 from grads_dist.config import Config, save_config
 from grads_dist.data.config import DataConfig
 from grads_dist.data.corpus import Corpus
-from grads_dist.errors import DataError, GradsDistError
+from grads_dist.errors import GradsDistError
 from grads_dist.preflight import absolute, check_before_work
 from grads_dist.runtime import logs
 from grads_dist.runtime.launcher import detect
 from grads_dist.runtime.rundir import RunDir, atomic_write
+from grads_dist.selecting import select_with
 
 if TYPE_CHECKING:
     from grads_dist.data.store import TokenStore
@@ -34,37 +35,22 @@ def run(config: Config, overwrite: bool = False) -> str:
     from grads_dist.runtime.ranks import Ranks
 
     probed = _probe(config, overwrite, selecting=True)
-    selected = Ranks.start(detect()).on_main(lambda: _select_after_probe(config))
-    return f"{probed}\n{selected}"
+    ranks = Ranks.start(detect())
+    try:
+        return f"{probed}\n{select_with(config, ranks)}"
+    except GradsDistError as error:
+        hint = (
+            f"the score table is complete: grads-dist select --output_dir {config.output_dir} goes on from it"
+        )
+        told = type(error)(f"{error}; {hint}")
+        if ranks.shared_error is error:
+            ranks.shared_error = told
+        raise told from error
 
 
 def probe(config: Config, overwrite: bool = False) -> str:
     """Read the statistics of every row into the score table; returns what to tell the user. Collective."""
     return _probe(config, overwrite, selecting=False)
-
-
-def select(config: Config) -> str:
-    """Select from a finished probe; returns what to tell the user. Runs on one rank, without a model."""
-    from grads_dist.selection.run import run_selection
-
-    config = absolute(config)
-    rundir = RunDir(Path(config.output_dir))
-    corpus = Corpus.open(config.data)
-    _check_corpus(rundir, corpus)
-    summary = run_selection(config, rundir, corpus)
-    folder = rundir.selection_dir(config.selection.name)
-    counts = summary["counts"]
-    return f"selected {counts['selected']} of {counts['corpus']} rows: {folder / summary['subset']}"
-
-
-def _select_after_probe(config: Config) -> str:
-    try:
-        return select(config)
-    except GradsDistError as error:
-        hint = (
-            f"the score table is complete: grads-dist select --output_dir {config.output_dir} goes on from it"
-        )
-        raise type(error)(f"{error}; {hint}") from error
 
 
 def _probe(config: Config, overwrite: bool, selecting: bool) -> str:
@@ -114,10 +100,13 @@ def _prepare(config: Config, rundir: RunDir, overwrite: bool, ranks: Ranks, sele
     """
     from grads_dist.data.layout import REJECTED
     from grads_dist.data.target import about_target, target_config
+    from grads_dist.selection.check import check_strata
 
     rundir.check(overwrite)
     config = check_before_work(config, ranks, selecting)
     corpus = Corpus.open(config.data)
+    if selecting:
+        check_strata(config, corpus)
     target_corpus = None
     if config.data.target is not None and not config.probe.feature_names:
         log.warning("data.target is not read: probe.features is none")
@@ -174,17 +163,6 @@ def _merge(
         f"probed {store.num_rows} rows{at} ({store.num_rejected} rejected, {store.num_truncated} truncated, "
         f"{nonfinite} not finite): {rundir.scores}"
     )
-
-
-def _check_corpus(rundir: RunDir, corpus: Corpus) -> None:
-    """Refuse a corpus that changed since it was probed: row numbers would point at other rows."""
-    if not rundir.manifest.exists():
-        return
-    probed = json.loads(rundir.manifest.read_text(encoding="utf-8"))["corpus"]
-    if probed != corpus.fingerprint:
-        raise DataError(
-            f"data.path: not the corpus that {str(rundir.root)!r} probed; restore it, or probe again"
-        )
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grads_dist.config import Config
+from grads_dist.config import Config, TableConfig
 from grads_dist.data import locate
 from grads_dist.errors import ConfigError
 
@@ -34,6 +34,14 @@ def absolute(config: Config) -> Config:
     deepspeed = _absolute(config.deepspeed) if config.deepspeed else None
     output_dir = _absolute(config.output_dir)
     return replace(config, data=data, model=model, probe=probe, deepspeed=deepspeed, output_dir=output_dir)
+
+
+def absolute_table(config: TableConfig) -> TableConfig:
+    """The same for a selection from a table."""
+    data = config.data
+    if data is not None:
+        data = replace(data, path=_located(data.path))
+    return replace(config, data=data, output_dir=_absolute(config.output_dir))
 
 
 def _located(paths: str | list[str]) -> str | list[str]:
@@ -67,7 +75,7 @@ def check_before_work(config: Config, ranks: Ranks, selecting: bool) -> Config:
         probe_dtype,
         zero_stage,
     )
-    from grads_dist.selection.run import check_selection
+    from grads_dist.selection.check import check_selection
     from grads_dist.stats.targets import resolve_targets
 
     text_config = load_text_config(config.model)
@@ -80,7 +88,7 @@ def check_before_work(config: Config, ranks: Ranks, selecting: bool) -> Config:
     targets = resolve_targets(config.probe.targets, anatomy)
     gradient_sketcher(config.probe, anatomy)
     if selecting:
-        check_selection(config, list(targets.members))
+        check_selection(config, list(targets.members), text_config.hidden_size)
     _check_checkpoints(config, model, text_config.vocab_size)
     return replace(config, data=within_context(config.data, text_config))
 

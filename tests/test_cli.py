@@ -11,7 +11,7 @@ from conftest import clean_environment
 
 from grads_dist import cli, commands
 from grads_dist.commands import COMMANDS, Command, prepare
-from grads_dist.config import Config, save_config
+from grads_dist.config import Config, TableConfig, save_config
 from grads_dist.data.config import DataConfig
 from grads_dist.errors import ConfigError, DataError, Interrupted
 from grads_dist.model.config import ModelConfig
@@ -94,6 +94,16 @@ def test_a_bad_value_is_one_line_and_code_2(program):
         (["demo", "--data.path", "x"], "arguments: '--data.path' is not allowed; allowed: --output_dir"),
         (["select", "--output_dir", "none"], "output_dir: 'none' holds no config.yaml"),
         (["select", "--output_dir", "none", "--overwrite"], "output_dir: 'none' holds no config.yaml"),
+        (
+            ["select", "--features", "x.npy"],
+            "features: 'x.npy' is given without a table; allowed: beside --table",
+        ),
+        (["select", "--table", "x.parquet", "--data.limit=1"], "data.path: not given, but --data.limit=1 is"),
+        (["select", "--table", "x.parquet", "--probe.mode=frozen"], "probe.mode: no such flag"),
+        (
+            ["select", "--compare", "--selection.rows=1"],
+            "arguments: '--selection.rows=1' is not allowed beside",
+        ),
         (["run", "--data.path=x", "--selection.rows=3", "--selection.fraction=0.1"], "selection."),
     ],
 )
@@ -189,14 +199,24 @@ def stages(monkeypatch):
         def probe(config, overwrite):
             calls.append(("probe", config, overwrite))
 
+    class Selecting:
         @staticmethod
         def select(config):
             calls.append(("select", config))
 
+        @staticmethod
+        def select_table(config, table, features):
+            calls.append(("select_table", config, table, features))
+
+        @staticmethod
+        def compare(output_dir, names):
+            calls.append(("compare", output_dir, names))
+
     import grads_dist
 
-    monkeypatch.setitem(sys.modules, "grads_dist.pipeline", Pipeline)
-    monkeypatch.setattr(grads_dist, "pipeline", Pipeline, raising=False)
+    for name, stage in {"pipeline": Pipeline, "selecting": Selecting}.items():
+        monkeypatch.setitem(sys.modules, f"grads_dist.{name}", stage)
+        monkeypatch.setattr(grads_dist, name, stage, raising=False)
     return calls
 
 
@@ -239,6 +259,24 @@ def test_select_defaults_to_the_folder_run(stages, tmp_path, monkeypatch):
     save_config(Config(data=DataConfig(path="x")), tmp_path / "run" / "config.yaml")
     prepare(["select"])()
     assert stages == [("select", Config(data=DataConfig(path="x")))]
+
+
+def test_select_takes_a_table_that_no_probe_wrote(stages):
+    budget = ["--selection.rows", "3"]
+    prepare(["select", "--table", "t.parquet", "--features=f.npy", "--output_dir", "out", *budget])()
+    prepare(["select", "--table=t.parquet", "--data.path", "x", "--data.limit", "9"])()
+    first = TableConfig(selection=SelectionConfig(rows=3), output_dir="out")
+    second = TableConfig(data=DataConfig(path="x", limit=9))
+    assert stages == [
+        ("select_table", first, "t.parquet", "f.npy"),
+        ("select_table", second, "t.parquet", None),
+    ]
+
+
+def test_select_compares_what_is_there(stages):
+    prepare(["select", "--compare", "a", "b", "--output_dir", "out"])()
+    prepare(["select", "--compare"])()
+    assert stages == [("compare", "out", ["a", "b"]), ("compare", "run", [])]
 
 
 def test_a_bad_argument_under_two_ranks_is_one_line(torchrun):

@@ -135,6 +135,11 @@ def test_report_says_what_was_done(finished: tuple[RunDir, Assets]) -> None:
     summary = json.loads((run.selection_dir("default") / "summary.json").read_text())
     assert f"R^2 = {summary['signal']['length_r2']:.2f}" in report
     assert f"random {summary['overlap']['random']:.0%}" in report
+    covered, redundancy = summary["coverage"], summary["redundancy"]
+    assert f"covered at 0.8     {covered['selected'][1]:.0%} of all rows" in report
+    assert f"random: {covered['random'][1]:.0%}" in report
+    assert f"{redundancy['all']['near_duplicates']:.0%} of all rows have one (cosine 0.95 or more)" in report
+    assert f"that of {summary['vendi']['content']['selected']:.1f} rows without" in report
     assert max(map(len, report.splitlines()[:-1])) <= 120
     assert "What does `f" in report and "x x ...\n" in report
 

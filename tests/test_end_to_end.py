@@ -55,9 +55,13 @@ def test_every_file_is_there(finished):
         "scores.parquet",
         "features/content.npy",
         "rejected.jsonl",
+        *(f"similarity/content/{name}" for name in ("graph.json", "ids.npy", "cosine.npy", "group.npy")),
         "selection/default/subset.jsonl",
         "selection/default/selected.parquet",
         "selection/default/summary.json",
+        "selection/default/README.md",
+        "selection/default/dataset_info.json",
+        "selection/default/axolotl.yaml",
         "logs/rank-00000.log",
     }
     assert any(name.startswith("scores/shard-") for name in files)
@@ -135,7 +139,7 @@ SELECT_ALONE = """
 import sys
 from grads_dist.cli import main
 code = main(sys.argv[1:])
-print(sorted({"deepspeed", "transformers", "accelerate"} & set(sys.modules)))
+print(sorted({"deepspeed", "transformers", "accelerate", "datasets"} & set(sys.modules)))
 raise SystemExit(code)
 """
 

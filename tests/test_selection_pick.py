@@ -4,17 +4,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from selection_tables import TARGETS, clustered_features, score_table, with_column
+from selection_tables import TARGETS, score_table, with_column
 
 from grads_dist.errors import ConfigError
 from grads_dist.selection.budget import Budget, resolve_budget, take
 from grads_dist.selection.config import SelectionConfig
 from grads_dist.selection.controls import control_score, gradient_norm, length_bins
 from grads_dist.selection.duplicates import candidates
-from grads_dist.selection.pick import keep_distinct, top_k
+from grads_dist.selection.pick import top_k
 from grads_dist.selection.ranks import ranking
-from grads_dist.similarity.config import SimilarityConfig
-from grads_dist.similarity.knn import Neighbours, knn
 
 # ---- budget
 
@@ -74,7 +72,9 @@ def test_top_k_is_exact_and_breaks_ties_by_row():
         ({"signal": "mean"}, "selection.signal: 'mean'"),
         ({"signal": []}, "selection.signal: []"),
         ({"bandwidth": "scott"}, "selection.bandwidth: 'scott'"),
-        ({"pick": "mmr"}, "selection.pick: 'mmr'"),
+        ({"pick": "best"}, "selection.pick: 'best'"),
+        ({"pick": "mmr", "criterion": "loss"}, "selection.pick: mmr weighs the terms"),
+        ({"pick": "facility_location", "criterion": "random"}, "selection.pick: facility_location weighs"),
         ({"band": [0.7, 0.2]}, "selection.band: [0.7, 0.2]"),
         ({"band": [0.7]}, "selection.band: [0.7]"),
         ({"zscore": 0}, "selection.zscore: 0"),
@@ -93,70 +93,6 @@ def test_config_refuses(values, start):
     with pytest.raises(ConfigError) as caught:
         SelectionConfig(**values)
     assert str(caught.value).startswith(start) and "\n" not in str(caught.value)
-
-
-# ---- near-duplicates
-
-
-def walk(score, eligible, graph, threshold):
-    """Greedy pass by definition, over groups of identical rows."""
-    n = len(score)
-    close = np.zeros((n, n), bool)
-    for i in range(n):
-        for j, cosine in zip(graph.ids[i], graph.cosine[i], strict=True):
-            if j >= 0 and cosine >= threshold:
-                alike_i = graph.group == graph.group[i]
-                alike_j = graph.group == graph.group[j]
-                close |= np.outer(alike_i, alike_j) | np.outer(alike_j, alike_i)
-    close |= graph.group[:, None] == graph.group[None]
-    kept = np.zeros(n, bool)
-    for i in ranking(score):
-        kept[i] = eligible[i] and not (close[i] & kept).any()
-    return kept
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 30), st.integers(0, 10**6), st.sampled_from([0.3, 0.6, 0.9, 1.0]))
-def test_keep_distinct_equals_a_walk(n, seed, threshold):
-    rng = np.random.default_rng(seed)
-    features = rng.integers(-1, 2, (n, 3)).astype(np.float16)
-    score = rng.integers(0, 4, n) / 4
-    eligible = rng.random(n) < 0.8
-    graph = knn(features, SimilarityConfig(k=3, library="torch", device="cpu"))
-    expected = walk(score, eligible, graph, np.float32(threshold))
-    np.testing.assert_array_equal(keep_distinct(score, eligible, graph, threshold), expected)
-
-
-def test_one_row_of_a_group_of_copies_larger_than_k_is_kept_and_it_is_the_best():
-    rng = np.random.default_rng(0)
-    features = rng.normal(size=(100, 8)).astype(np.float16)
-    features[20:70] = features[20]
-    score = rng.random(100)
-    score[55] = 2.0
-    graph = knn(features, SimilarityConfig(k=10, library="torch", device="cpu"))
-    kept = keep_distinct(score, np.ones(100, bool), graph, 0.999)
-    assert kept.sum() == 51 and kept[20:70].nonzero()[0].tolist() == [35]
-
-
-def test_no_two_kept_rows_reach_the_threshold_where_the_graph_sees_all():
-    features = clustered_features(200, num_clusters=40)
-    graph = knn(features, SimilarityConfig(k=199, library="torch", device="cpu"))
-    score = np.random.default_rng(1).random(200)
-    kept = keep_distinct(score, np.ones(200, bool), graph, 0.7)
-    centred = features.astype(np.float64) - features.astype(np.float64).mean(axis=0)
-    unit = centred / np.linalg.norm(centred, axis=1, keepdims=True)
-    cosine = unit @ unit.T - 2 * np.eye(200)
-    assert 20 < kept.sum() < 150
-    assert cosine[np.ix_(kept, kept)].max() < 0.7 + 1e-5
-    for row in np.flatnonzero(~kept):
-        assert cosine[row][kept & (score > score[row])].max() > 0.7 - 1e-5
-
-
-def test_a_chain_drops_every_other_row():
-    ids = np.array([[max(i - 1, 0), min(i + 1, 5)] for i in range(6)])
-    graph = Neighbours(ids, np.full((6, 2), 0.95, np.float32), np.arange(6))
-    kept = keep_distinct(np.arange(6.0)[::-1], np.ones(6, bool), graph, 0.95)
-    assert kept.tolist() == [True, False, True, False, True, False]
 
 
 # ---- copies

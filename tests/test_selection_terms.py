@@ -13,19 +13,22 @@ from selection_tables import TARGETS, clustered_features, score_table, with_colu
 from grads_dist.errors import ConfigError, DataError
 from grads_dist.selection import criteria
 from grads_dist.selection import density as density_module
+from grads_dist.selection import joint_density as joint_module
 from grads_dist.selection.config import SelectionConfig, Weights
 from grads_dist.selection.criteria import GradientCriterion, gradient_criterion
 from grads_dist.selection.density import density, gaussian_kde, improved_sheather_jones, silverman
 from grads_dist.selection.diversity import diversity
+from grads_dist.selection.joint_density import gaussian_kde_2d, joint_density
+from grads_dist.selection.near_duplicates import NearDuplicates
 from grads_dist.selection.noise import uniform
-from grads_dist.selection.pick import keep_distinct
-from grads_dist.selection.ranks import positions, r, ranking, z
+from grads_dist.selection.ranks import distinct, positions, r, ranking, z
 from grads_dist.selection.redundancy import redundancy
 from grads_dist.selection.score import combine
 from grads_dist.selection.signal import compute_signal
 from grads_dist.selection.smooth import remove_trend
 from grads_dist.similarity.config import SimilarityConfig
 from grads_dist.similarity.knn import Neighbours, knn
+from grads_dist.similarity.points import unit_rows
 
 FEW_VALUES = arrays(np.float64, st.integers(1, 30), elements=st.sampled_from([-2.0, 0.0, 0.5, 3.0]))
 NO_ADJUSTMENT = {"length_adjust": False}
@@ -41,6 +44,15 @@ def test_z_and_r_equal_loops(x):
     np.testing.assert_allclose(r(x), ranks if len(x) > 1 else [0.5], rtol=1e-12)
     spread = np.sqrt(np.mean((x - x.mean()) ** 2))
     np.testing.assert_allclose(z(x), (x - x.mean()) / spread if np.ptp(x) else np.zeros(len(x)), atol=1e-12)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.one_of(st.integers(-5, 5), st.integers(-(10**12), 10**12)), max_size=20))
+def test_distinct_equals_numpy(values):
+    x = np.array(values, np.int64)
+    expected = np.unique(x, return_inverse=True, return_counts=True)
+    for ours, theirs in zip(distinct(x), expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_z_of_a_constant_is_zero_whatever_the_rounding():
@@ -231,6 +243,81 @@ def test_kde_equals_scipy():
         np.testing.assert_allclose(gaussian_kde(signal, bandwidth), exact, rtol=1e-3)
 
 
+def uncorrelated(x):
+    """The rows of x rotated so that their sample covariance is diagonal, with spreads 3 and 0.2."""
+    directions = np.linalg.svd(x - x.mean(axis=1, keepdims=True), full_matrices=False)[2]
+    return directions * np.array([[3.0], [0.2]]) * np.sqrt(x.shape[1])
+
+
+def test_kde_of_two_signals_equals_scipy():
+    rng = np.random.default_rng(1)
+    parts = [rng.normal(size=(2, 1500)), rng.normal(4, 0.3, (2, 450)), rng.normal(0, 8, (2, 50))]
+    for sample, factor in ((rng.normal(size=(2, 2000)), 0.28), (np.concatenate(parts, axis=1), 1.0)):
+        pair = uncorrelated(sample)
+        exact = scipy_kde(pair, bw_method=factor)(pair)
+        found = gaussian_kde_2d(pair, factor * pair.std(axis=1, ddof=1))
+        np.testing.assert_allclose(found, exact, rtol=1e-3)
+
+
+def test_a_coarse_grid_of_two_signals_is_still_near(monkeypatch, caplog):
+    monkeypatch.setattr(joint_module, "_MAX_SIDE", 256)
+    monkeypatch.setattr(joint_module, "_BLOCK_ROWS", 300)
+    pair = uncorrelated(np.random.default_rng(2).normal(size=(2, 2000)))
+    exact = scipy_kde(pair, bw_method=0.28)(pair)
+    bandwidths = 0.28 * pair.std(axis=1, ddof=1)
+    np.testing.assert_allclose(gaussian_kde_2d(pair, bandwidths), exact, rtol=0.02)
+    assert "coarser" in caplog.text
+
+
+def test_density_over_targets_is_over_both_and_one_that_is_constant_does_not_count():
+    rng = np.random.default_rng(3)
+    pair = rng.normal(size=(2, 500)) * np.array([[1.0], [40.0]])
+    both = joint_density(pair, "silverman")
+    assert both.bandwidth == silverman(pair[0], 2) and both.second_bandwidth == silverman(pair[1], 2)
+    center = np.argmin((pair**2 / np.array([[1.0], [1600.0]])).sum(axis=0))
+    assert both.values[center] > np.quantile(both.values, 0.9)
+    pair[1] = 7.0
+    alone = joint_density(pair, "isj")
+    np.testing.assert_array_equal(alone.values, density(pair[0], "isj").values)
+    assert (alone.rule, alone.second_bandwidth) == ("isj", 0.0)
+    assert joint_density(np.ones((2, 3)), "silverman").values.tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize("preset", ["paper", "norm"])
+def test_the_signals_of_the_targets_add_up_and_rank_by_their_density(preset):
+    table = score_table(400)
+    config = SelectionConfig(signal=preset, density_over="targets", gradient="density")
+    signal = compute_signal(table, config, TARGETS)
+    np.testing.assert_allclose(signal.pair.mean(axis=0), signal.values, atol=1e-12)
+    for target, values in zip(TARGETS, signal.pair, strict=True):
+        np.testing.assert_allclose(
+            values, compute_signal(table, config_of(preset), [target]).values, atol=1e-12
+        )
+    found = gradient_criterion(signal.values, np.arange(400), config, signal.pair)
+    np.testing.assert_array_equal(found.values, r(joint_density(signal.pair, "silverman").values))
+    assert (found.values != criterion_of(signal.values, gradient="density").values).any()
+
+
+def config_of(preset):
+    return SelectionConfig(signal=preset)
+
+
+@pytest.mark.parametrize(
+    ("signal", "targets", "words"),
+    [
+        ("paper", ["embedding"], "needs two targets, and the score table has 1; allowed: signal"),
+        ("norm", ["embedding", "lm_head", "tied"], "needs two targets, and the score table has 3"),
+        (["loss", "el2n"], TARGETS, "needs a signal of targets, and selection.signal lists columns"),
+    ],
+)
+def test_density_over_targets_needs_exactly_two(signal, targets, words):
+    table = score_table(30, targets=["embedding", "lm_head", "tied"])
+    config = SelectionConfig(signal=signal, density_over="targets")
+    with pytest.raises(ConfigError, match=f"selection.density_over: targets {words}") as caught:
+        compute_signal(table, config, targets)
+    assert "\n" not in str(caught.value)
+
+
 def test_silverman_of_a_known_sample():
     signal = normal.ppf((np.arange(1000) + 0.5) / 1000)
     assert silverman(signal) == pytest.approx((4 / 3 / 1000) ** 0.2, rel=0.01)
@@ -368,7 +455,7 @@ def test_diversity_and_redundancy_equal_loops(n, k, copies):
     features = clustered_features(n, seed=k)
     features[3 : 3 + copies] = features[3]
     gradient = np.random.default_rng(k).integers(0, 12, n) / 12
-    graph = knn(features, SimilarityConfig(k=k, library="torch", device="cpu"))
+    graph = knn(unit_rows(features), SimilarityConfig(k=k, library="torch", device="cpu"))
     distance, reduction, shadow, tau = loop_terms(features, gradient, k)
     found = redundancy(graph, gradient)
     assert found.tau == pytest.approx(tau, abs=2e-6)
@@ -386,7 +473,7 @@ def test_diversity_and_redundancy_equal_loops(n, k, copies):
 
 def test_redundancy_does_not_depend_on_blocks(monkeypatch):
     features, gradient = clustered_features(100), np.random.default_rng(0).random(100)
-    graph = knn(features, SimilarityConfig(library="torch", device="cpu"))
+    graph = knn(unit_rows(features), SimilarityConfig(library="torch", device="cpu"))
     whole = redundancy(graph, gradient)
     monkeypatch.setattr("grads_dist.selection.redundancy._BLOCK_ROWS", 7)
     parts = redundancy(graph, gradient)
@@ -400,7 +487,9 @@ def test_only_the_best_of_a_large_group_of_copies_is_not_redundant():
     features[20:70] = features[20]
     gradient = rng.random(90)
     gradient[60] = 1.0
-    found = redundancy(knn(features, SimilarityConfig(k=10, library="torch", device="cpu")), gradient)
+    found = redundancy(
+        knn(unit_rows(features), SimilarityConfig(k=10, library="torch", device="cpu")), gradient
+    )
     others = [i for i in range(20, 70) if i != 60]
     assert (found.values[others] == 1.0).all() and (found.shadow[others] == 60).all()
     assert found.values[60] == 0 and found.shadow[60] == -1
@@ -408,7 +497,7 @@ def test_only_the_best_of_a_large_group_of_copies_is_not_redundant():
 
 def test_redundancy_where_every_cosine_is_one():
     two_points = np.repeat(np.eye(2, dtype=np.float16), 5, axis=0)
-    identical = knn(two_points, SimilarityConfig(k=2, library="torch", device="cpu"))
+    identical = knn(unit_rows(two_points), SimilarityConfig(k=2, library="torch", device="cpu"))
     found = redundancy(identical, np.array([0.1, 0.5, 0.5, 0.2, 0.3] * 2))
     assert found.tau == 1.0
     assert found.values.tolist() == [1, 0, 1, 1, 1] * 2
@@ -422,10 +511,10 @@ def test_redundancy_where_every_cosine_is_one():
 
 def test_rows_equal_to_the_mean_neither_shadow_nor_are_shadowed():
     features = np.concatenate([np.zeros((3, 2)), np.eye(2), -np.eye(2)]).astype(np.float32)
-    graph = knn(features, SimilarityConfig(k=2, library="torch", device="cpu"))
+    graph = knn(unit_rows(features), SimilarityConfig(k=2, library="torch", device="cpu"))
     found = redundancy(graph, np.array([0.9, 0.8, 0.7, 0.4, 0.3, 0.2, 0.1]))
     assert (found.values[:3] == 0).all() and not np.isin(found.shadow, [0, 1, 2]).any()
-    kept = keep_distinct(np.arange(7.0), np.ones(7, bool), graph, 0.5)
+    kept = NearDuplicates(graph, unit_rows(features), 0.5).drop(np.arange(7.0), np.ones(7, bool)).kept
     assert kept.all()
 
 
@@ -441,7 +530,7 @@ def test_a_row_without_neighbours_is_at_distance_one():
 def test_score_adds_the_terms_and_a_weight_of_zero_drops_one():
     features, gradient = clustered_features(80), np.random.default_rng(2).random(80)
     criterion = GradientCriterion(gradient, np.ones(80, bool), None)
-    graph = knn(features, SimilarityConfig(library="torch", device="cpu"))
+    graph = knn(unit_rows(features), SimilarityConfig(library="torch", device="cpu"))
     terms = combine(criterion, graph, Weights(2.0, 0.25, 3.0))
     expected = 2 * gradient + 0.25 * diversity(graph) - 3 * redundancy(graph, gradient).values
     np.testing.assert_allclose(terms.score, expected, atol=1e-12)

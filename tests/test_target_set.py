@@ -14,8 +14,9 @@ from grads_dist.data.config import DataConfig
 from grads_dist.errors import ConfigError, DataError
 from grads_dist.probe.config import ProbeConfig
 from grads_dist.runtime.rundir import RunDir
+from grads_dist.selection.check import check_selection
 from grads_dist.selection.config import SelectionConfig, Weights
-from grads_dist.selection.run import check_selection, select_from
+from grads_dist.selection.run import select_from
 from grads_dist.selection.select import select
 from grads_dist.similarity.config import SimilarityConfig
 from grads_dist.similarity.relevance import relevance

@@ -12,13 +12,14 @@ import numpy as np
 
 from grads_dist.data.config import COLUMNS, DataConfig
 from grads_dist.data.csv_records import CsvFile
+from grads_dist.data.extra import Extra
 from grads_dist.data.json_array import JsonArrayFile, check_lone, is_array
 from grads_dist.data.jsonl import JsonlFile
 from grads_dist.data.locate import Source, locate
 from grads_dist.data.records import LayoutError
 from grads_dist.data.rows import Broken
 from grads_dist.data.scan import Scan, scan_file
-from grads_dist.data.subset import Part, subset_form, write_rows
+from grads_dist.data.subset import Chosen, Form, Part, subset_form, write_rows, write_shards
 from grads_dist.data.tables import TableFile
 from grads_dist.errors import DataError
 
@@ -63,6 +64,11 @@ class Corpus:
             names = ", ".join(map(str, corpus.files[:3])) + (" ..." if len(sources) > 3 else "")
             raise DataError(f"data.path: no rows in {names}")
         return corpus
+
+    @property
+    def form(self) -> Form:
+        """The kind of file that a subset is written as."""
+        return self._form
 
     def columns(self) -> list[str]:
         """Names of the columns of all files: of the schema, or of the first 100 rows that can be parsed.
@@ -131,26 +137,49 @@ class Corpus:
         """The rows of these indices, in their order; for a few rows, since each is looked up alone."""
         return [self.row(int(index)) for index in indices]
 
-    def write_subset(self, indices: np.ndarray, folder: Path) -> Path:
+    def write_subset(
+        self,
+        indices: np.ndarray,
+        folder: Path,
+        rows_per_file: int | None = None,
+        columns: dict[str, np.ndarray] | None = None,
+    ) -> Path:
         """Write the rows of the ascending `indices` to subset.jsonl, .csv or .parquet in `folder`.
 
-        Returns the path. JSON lines and CSV records are copied byte for byte (a missing last newline is
-        added), elements of JSON arrays with their own text on a line; rows of tables have equal values and
-        schema; of files of several kinds, JSON lines of equal values. Raises DataError for an index that is
-        not in the corpus, ValueError when they do not ascend.
+        JSON lines and CSV records are copied byte for byte (a missing last newline is added), elements of
+        JSON arrays with their own text on a line; rows of tables have equal values and schema; of files of
+        several kinds, JSON lines of equal values.
+
+        Args:
+            indices: int64, rows of the corpus.
+            folder: where to.
+            rows_per_file: if given, files of so many rows in the folder `subset`, which must not be there.
+            columns: columns that the rows get behind their own, a value for each of the indices.
+
+        Returns:
+            The path of the file, or of the folder of files.
+
+        Raises:
+            DataError: an index is not in the corpus, or a row has one of the columns already.
+            ValueError: the indices do not ascend.
         """
         indices = np.asarray(indices, dtype=np.int64)
         if np.any(np.diff(indices) <= 0):
             raise ValueError("indices do not ascend")
         self._check(indices[[0, -1]].tolist() if len(indices) else [])
         cuts = np.searchsorted(indices, self._firsts)
-        chosen = [
+        rows = [
             (part, indices[low:high] - first)
             for part, first, low, high in zip(self._parts, self._firsts, cuts, cuts[1:], strict=False)
             if low < high
         ]
-        path = Path(folder) / f"subset.{self._form}"
-        write_rows(path, self._form, chosen, self._parts)
+        chosen = Chosen(rows, self._form, self._parts, Extra(columns, indices) if columns else None)
+        if rows_per_file is None:
+            path = Path(folder) / f"subset.{self._form}"
+            write_rows(chosen, path)
+        else:
+            path = Path(folder) / "subset"
+            write_shards(chosen, path, rows_per_file)
         return path
 
     def _check(self, indices: list[int]) -> None:

@@ -24,6 +24,10 @@ def demo_report(run: RunDir, assets: Assets, processes: int, seconds: Mapping[st
     sections = [
         _section("What was done", [*_making(results, assets), *_probing(results, processes)]),
         _section("What was selected", _selecting(results)),
+        _section(
+            "What it holds of the corpus, by cosines of content, beside as many random rows",
+            _holding(results),
+        ),
         _section("Seconds", [(name, f"{value:.0f}") for name, value in seconds.items()]),
     ]
     for kind, positions in choose_examples(results.selection, NUM_EXAMPLES).items():
@@ -74,6 +78,38 @@ def _selecting(results: Results) -> list[tuple[str, str]]:
         ("shadowed", f"{terms['share_shadowed']:.0%} of the rows"),
         ("correlations", ", ".join(correlations)),
         ("also picked by", ", ".join(overlaps)),
+    ]
+
+
+def _holding(results: Results) -> list[tuple[str, str]]:
+    coverage, redundancy = (results.summary[name] for name in ("coverage", "redundancy"))
+    vendi = results.summary["vendi"]["content"]
+    all_rows, selected, random = (redundancy[name] for name in ("all", "selected", "random"))
+    shares = zip(coverage["thresholds"], coverage["selected"], coverage["random"], strict=True)
+    return [
+        *(
+            (
+                f"covered at {threshold}",
+                f"{one:.0%} of all rows are this close to a selected row, random: {other:.0%}",
+            )
+            for threshold, one, other in shares
+        ),
+        (
+            "nearest other row",
+            f"cosine {all_rows['mean_nearest']:.2f} on average in the corpus, "
+            f"{selected['mean_nearest']:.2f} in the selection, random: {random['mean_nearest']:.2f}",
+        ),
+        (
+            "near-duplicates",
+            f"{all_rows['near_duplicates']:.0%} of all rows have one "
+            f"(cosine {redundancy['near_duplicate']} or more), "
+            f"{selected['near_duplicates']:.0%} of the selected, random: {random['near_duplicates']:.0%}",
+        ),
+        (
+            "variety",
+            f"that of {vendi['selected']:.1f} rows without anything in common (Vendi score), "
+            f"random: {vendi['random']:.1f}",
+        ),
     ]
 
 

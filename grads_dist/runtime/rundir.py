@@ -14,7 +14,7 @@ MARKER = ".grads_dist"
 """File that says that a folder is a run directory, so that what it holds may be replaced on request."""
 
 # All that a run writes; nothing else is ever removed, and nothing in a folder without the marker.
-_RESULTS = ("manifest.json", "scores.parquet", "scores", "features", "selection", "model")
+_RESULTS = ("manifest.json", "scores.parquet", "scores", "features", "similarity", "selection", "model")
 _WRITTEN = (*_RESULTS, "config.yaml", "environment.json", "rejected.jsonl", "logs")
 
 
@@ -69,6 +69,10 @@ class RunDir:
     def of_target(name: str) -> str:
         """Name of the features `name` of the target set, row k for its k-th usable row."""
         return f"{name}.target"
+
+    def similarity_dir(self, name: str) -> Path:
+        """The neighbours of the rows by the features `name`, kept for the next selection."""
+        return self.root / "similarity" / name
 
     @property
     def rejected(self) -> Path:

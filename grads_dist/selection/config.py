@@ -17,6 +17,7 @@ Pick = Literal["topk", "mmr", "facility_location", "cluster", "gumbel"]
 DensityOver = Literal["signal", "targets"]
 
 DEFAULT_FRACTION = 0.1
+_SCORED_BY_TERMS = ("grads", "length_matched_random")
 LONGEST_NAME = 100
 """Characters of `name`; file systems allow 255 bytes."""
 
@@ -170,6 +171,11 @@ class SelectionConfig:
             value = getattr(self, name)
             if value not in get_args(allowed):
                 raise ConfigError(f"selection.{name}: {value!r} is not one of {', '.join(get_args(allowed))}")
+        if self.pick in ("mmr", "facility_location") and self.criterion not in _SCORED_BY_TERMS:
+            raise ConfigError(
+                f"selection.pick: {self.pick} weighs the terms of the score, which {self.criterion} has not; "
+                "allowed with this criterion: topk, cluster, gumbel"
+            )
 
     def _check_budget(self) -> None:
         given = [name for name in ("fraction", "rows", "tokens") if getattr(self, name) is not None]

@@ -8,6 +8,7 @@ import pyarrow as pa
 from grads_dist.errors import ConfigError, DataError
 from grads_dist.selection.checkpoints import without_checkpoint
 from grads_dist.selection.noise import uniform
+from grads_dist.selection.ranks import distinct
 from grads_dist.selection.signal import read_column
 
 CONTROLS = ("random", "length_matched_random", "loss", "grand", "el2n")
@@ -94,7 +95,7 @@ def how_to_get(name: str) -> str:
 
 def length_bins(lengths: np.ndarray) -> np.ndarray:
     """Bins of neighbouring lengths, int64 [n]: a new one starts with the first length after 50 rows."""
-    values, group, counts = np.unique(lengths, return_inverse=True, return_counts=True)
+    _, group, counts = distinct(lengths)
     num_shorter = np.cumsum(counts) - counts
     return (num_shorter // _ROWS_PER_BIN)[group]
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from grads_dist.selection.config import SelectionConfig
 from grads_dist.selection.density import Density, density
-from grads_dist.selection.noise import uniform
+from grads_dist.selection.joint_density import joint_density
+from grads_dist.selection.noise import gumbel
 from grads_dist.selection.ranks import average_rank, r, z
 
 
@@ -26,13 +27,16 @@ class GradientCriterion:
     """The density of the signal, where the criterion uses it."""
 
 
-def gradient_criterion(signal: np.ndarray, index: np.ndarray, config: SelectionConfig) -> GradientCriterion:
+def gradient_criterion(
+    signal: np.ndarray, index: np.ndarray, config: SelectionConfig, pair: np.ndarray | None = None
+) -> GradientCriterion:
     """G of every row by the configured variant (docs/selection.md, "Gradient criterion").
 
     Args:
         signal: float64 [n].
         index: row numbers in the corpus, int64 [n]; the variant `flatten` draws by them.
         config: names the variant and holds its parameters.
+        pair: float64 [2, n], what the density is over instead of the signal.
     """
     everyone = np.ones(len(signal), bool)
     if config.gradient == "magnitude":
@@ -43,7 +47,10 @@ def gradient_criterion(signal: np.ndarray, index: np.ndarray, config: SelectionC
     if config.gradient == "zscore":
         inside = np.abs(z(signal)) <= config.zscore
         return GradientCriterion(inside.astype(np.float64), inside, None)
-    estimate = density(signal, config.bandwidth)
+    if pair is None:
+        estimate = density(signal, config.bandwidth)
+    else:
+        estimate = joint_density(pair, config.bandwidth)
     return GradientCriterion(_from_density(signal, estimate.values, index, config), everyone, estimate)
 
 
@@ -57,6 +64,4 @@ def _from_density(
         return r(average_rank(p) * average_rank(signal))
     if config.gradient == "rare":
         return 1.0 - r(p)
-    # Log weight plus Gumbel noise ranks rows as drawing them one by one with weights 1 / p would.
-    gumbel = -np.log(-np.log(uniform(index, config.seed, "flatten")))
-    return r(gumbel - np.log(p))
+    return r(gumbel(index, config.seed, "flatten") - np.log(p))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ _GRID_PER_BANDWIDTH = 128
 _MAX_GRID = 1 << 21
 _REACH = 8.0  # bandwidths after which the kernel, 1e-14 of its peak, is cut off
 _ISJ_BINS = 1 << 12
+_BLOCK_ROWS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,15 @@ class Density:
     rule: str
     """The bandwidth rule that was used: silverman, isj or constant."""
 
+    second_bandwidth: float | None = None
+    """Of a density over two signals, that along the second; 0 where one is constant."""
+
 
 def density(signal: np.ndarray, rule: Bandwidth) -> Density:
     """Density of a signal, float64 [n], at each of its values (docs/selection.md, "Density")."""
     if is_constant(signal):
         return Density(np.ones(len(signal)), 0.0, "constant")
-    bandwidth, used = _bandwidth(signal, rule)
+    bandwidth, used = choose_bandwidth(signal, rule)
     values = gaussian_kde(signal, bandwidth)
     # A row's own kernel bounds its density from below; rounding of the FFT may fall under that far out.
     lowest = 1.0 / (len(signal) * bandwidth * np.sqrt(2 * np.pi))
@@ -58,25 +63,51 @@ def gaussian_kde(signal: np.ndarray, bandwidth: float) -> np.ndarray:
     if num_points > _MAX_GRID:
         logger.warning("density: outliers stretch the signal, its grid is coarser than the bandwidth asks")
     step = width / (num_points - 1)
-    place = (signal - low) / step
-    below = place.astype(np.int64)
-    share = place - below
-    mass = np.bincount(below, weights=1.0 - share, minlength=num_points)
-    mass += np.bincount(below + 1, weights=share, minlength=num_points)
+    mass = np.zeros(num_points)
+    for _, below, share in _places(signal, low, step):
+        mass += np.bincount(below, weights=1.0 - share, minlength=num_points)
+        mass += np.bincount(below + 1, weights=share, minlength=num_points)
     num_steps = int(np.ceil(_REACH * bandwidth / step))
     offsets = np.arange(-num_steps, num_steps + 1) * step / bandwidth
     kernel = np.exp(-0.5 * offsets**2) / (len(signal) * bandwidth * np.sqrt(2 * np.pi))
     grid = fftconvolve(mass, kernel, mode="same")
-    return grid[below] * (1.0 - share) + grid[below + 1] * share
+    result = np.empty(len(signal))
+    for rows, below, share in _places(signal, low, step):
+        result[rows] = grid[below] * (1.0 - share) + grid[below + 1] * share
+    return result
 
 
-def silverman(signal: np.ndarray) -> float:
-    """min(std, IQR / 1.349) (4 / 3n)^(1/5); the std alone where more than half of the rows are equal."""
+def _places(signal: np.ndarray, low: float, step: float) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+    """Blocks of rows, the grid point below each, and how far it is to the next one, in [0, 1)."""
+    for start in range(0, len(signal), _BLOCK_ROWS):
+        rows = slice(start, start + _BLOCK_ROWS)
+        place = (signal[rows] - low) / step
+        below = place.astype(np.int64)
+        yield rows, below, place - below
+
+
+def choose_bandwidth(signal: np.ndarray, rule: Bandwidth, dims: int = 1) -> tuple[float, str]:
+    """Bandwidth of a signal that is not constant, and the rule that gave it; `dims` as for `silverman`."""
+    if rule == "isj":
+        bandwidth = improved_sheather_jones(signal)
+        if bandwidth is not None:
+            return bandwidth, "isj"
+        logger.warning(
+            "density: the isj bandwidth has no solution here (few rows or many ties), silverman is used"
+        )
+    return silverman(signal, dims), "silverman"
+
+
+def silverman(signal: np.ndarray, dims: int = 1) -> float:
+    """min(std, IQR / 1.349) (4 / (d + 2) n)^(1 / (d + 4)), `dims` d being the signals of the density.
+
+    The std alone where more than half of the rows are equal.
+    """
     low, high = np.percentile(signal, [25, 75])
     spread = float(signal.std(ddof=1))
     if high > low:
         spread = min(spread, float(high - low) / 1.3489795003921634)
-    return spread * (len(signal) * 3 / 4) ** -0.2
+    return spread * (len(signal) * (dims + 2) / 4) ** (-1 / (dims + 4))
 
 
 def improved_sheather_jones(signal: np.ndarray) -> float | None:
@@ -115,14 +146,3 @@ def _isj_gap(t: float, num_distinct: int, squares: np.ndarray, energy: np.ndarra
 
 def _derivative_norm(order: int, t: float, squares: np.ndarray, energy: np.ndarray) -> float:
     return 2 * np.pi ** (2 * order) * float(np.sum(squares**order * energy * np.exp(-squares * np.pi**2 * t)))
-
-
-def _bandwidth(signal: np.ndarray, rule: Bandwidth) -> tuple[float, str]:
-    if rule == "isj":
-        bandwidth = improved_sheather_jones(signal)
-        if bandwidth is not None:
-            return bandwidth, "isj"
-        logger.warning(
-            "density: the isj bandwidth has no solution here (few rows or many ties), silverman is used"
-        )
-    return silverman(signal), "silverman"

@@ -14,13 +14,20 @@ from grads_dist.selection.config import SelectionConfig
 from grads_dist.selection.controls import CONTROLS, control_score
 from grads_dist.selection.density import Density
 from grads_dist.selection.duplicates import Candidates
+from grads_dist.selection.labels import Labels
 from grads_dist.selection.pick import top_k
 from grads_dist.selection.ranks import is_constant, r
+from grads_dist.selection.sampling import sample
 from grads_dist.selection.signal import Signal
 
-_QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-# Rank correlations are found on about this many evenly spaced rows: more would change no digit that is read.
-_CORRELATED_ROWS = 1_000_000
+_QUANTILES = {"p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95}
+# Quantiles and correlations are found on about this many evenly spaced rows: more would change no digit that
+# is read.
+_MOST_ROWS = 1_000_000
+_MOST_STRATA = 100
+
+COMPARED_ROWS = 200_000
+"""Rows that the controls and rank correlations are found on, at most: a share is then sure to about 0.003."""
 
 
 def describe_counts(
@@ -45,7 +52,7 @@ def describe_budget(config: SelectionConfig, budget: Budget) -> dict[str, Any]:
 
 
 def describe_shares(table: pa.Table, selected: np.ndarray) -> dict[str, Any]:
-    """Shares of the candidates' rows and tokens that are selected, and the mean lengths."""
+    """Shares of the candidates' rows and tokens that are selected, and the mean lengths and losses."""
     result: dict[str, Any] = {"rows": number(selected.mean())}
     for name in ("num_tokens", "num_label_tokens"):
         values = table.column(name).to_numpy().astype(np.float64)
@@ -56,17 +63,46 @@ def describe_shares(table: pa.Table, selected: np.ndarray) -> dict[str, Any]:
             "mean_all": number(values.mean()),
             "mean_selected": number(values[selected].mean()),
         }
+    if "loss" in table.column_names:
+        loss = table.column("loss").to_numpy()
+        result["loss"] = {
+            "mean_all": number(loss.mean(dtype=np.float64)),
+            "mean_selected": number(loss[selected].mean(dtype=np.float64)),
+        }
     return result
+
+
+def describe_strata(strata: Labels, selected: np.ndarray) -> dict[str, Any]:
+    """Shares of each stratum in the candidates and in the selected rows; the 100 largest strata.
+
+    Args:
+        strata: of the candidates.
+        selected: bool [n].
+    """
+    counts = np.bincount(strata.codes, minlength=len(strata.names))
+    picked = np.bincount(strata.codes[selected], minlength=len(strata.names))
+    order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
+    shares = {
+        strata.names[k]: {
+            "candidates": int(counts[k]),
+            "selected": int(picked[k]),
+            "share_candidates": number(counts[k] / counts.sum()),
+            "share_selected": number(picked[k] / max(1, picked.sum())),
+        }
+        for k in order[:_MOST_STRATA].tolist()
+    }
+    return {"number": len(order), "largest": shares}
 
 
 def describe_terms(terms: dict[str, np.ndarray], selected: np.ndarray) -> dict[str, Any]:
     """Spread of each term over all candidates and over the selected, and the terms' correlations."""
     known = {name: values for name, values in terms.items() if not np.isnan(values).all()}
+    step = max(1, len(selected) // _MOST_ROWS)
     return {
         "spread": {name: spread(values) for name, values in known.items()},
         "spread_selected": {name: spread(values[selected]) for name, values in known.items()},
         "correlation": {
-            f"{one}-{other}": correlation(known[one], known[other])
+            f"{one}-{other}": correlation(known[one][::step], known[other][::step])
             for one, other in itertools.combinations(known, 2)
         },
         "share_shadowed": number(np.mean(known["R"] > 0)) if "R" in known else None,
@@ -75,10 +111,12 @@ def describe_terms(terms: dict[str, np.ndarray], selected: np.ndarray) -> dict[s
 
 def describe_signal(signal: Signal, table: pa.Table, estimate: Density | None) -> dict[str, Any]:
     """Quantiles of the signal, what was done to it, and its rank correlation with length and loss."""
-    step = max(1, len(signal.values) // _CORRELATED_ROWS)
+    step = max(1, len(signal.values) // COMPARED_ROWS)
     raw, adjusted = r(signal.raw[::step]), r(signal.values[::step])
-    correlations: dict[str, Any] = {}
+    correlations: dict[str, Any] = {"rows": len(raw)}
     for name in ("num_label_tokens", "loss"):
+        if name not in table.column_names:
+            continue
         other = r(table.column(name).to_numpy()[::step])
         correlations[name] = {"before": correlation(raw, other), "after": correlation(adjusted, other)}
     return {
@@ -96,27 +134,61 @@ def describe_signal(signal: Signal, table: pa.Table, estimate: Density | None) -
 def describe_controls(
     table: pa.Table, targets: list[str], config: SelectionConfig, budget: Budget, selected: np.ndarray
 ) -> dict[str, Any]:
-    """Share of the selected rows that each control picks too at the same budget, and chance's share."""
-    if budget.unit == "none":
-        budget = Budget("rows", int(selected.sum()))
-    everyone = np.ones(len(selected), bool)
-    num_tokens = table.column("num_tokens").to_numpy()
+    """Share of the selected rows that each control picks too, and chance's share.
+
+    Looks at a seeded sample of at most `COMPARED_ROWS` candidates.
+    """
     overlap: dict[str, Any] = {"expected_by_chance": number(selected.mean())}
+    index = table.column("index").to_numpy()
+    rows = sample(np.arange(len(index)), index, COMPARED_ROWS, config.seed, "controls")
+    if len(rows) < len(index):
+        table, selected = table.take(rows), selected[rows]
     for name in CONTROLS:
-        unknown = (name == "grand" and not targets) or (name == "el2n" and "el2n" not in table.column_names)
-        if name == config.criterion or unknown:
+        if name == config.criterion or not _is_known(name, table, targets):
             continue
         score = control_score(name, table, targets, config.seed, selected)
-        picked = top_k(score, everyone, num_tokens, budget)
-        overlap[name] = number(np.mean(picked[selected]))
+        overlap[name] = picked_too(score, table.column("num_tokens").to_numpy(), budget, selected)
     return overlap
 
 
+def picked_too(
+    score: np.ndarray, num_tokens: np.ndarray, budget: Budget, selected: np.ndarray
+) -> float | None:
+    """Share of the selected rows that are among the best by `score`: of as many rows, or as many tokens.
+
+    Args:
+        score: float64 [n].
+        num_tokens: int [n].
+        budget: of the selection, which says what is counted.
+        selected: bool [n].
+    """
+    if not selected.any():
+        return None
+    limit = Budget("rows", int(selected.sum()))
+    if budget.unit == "tokens":
+        limit = Budget("tokens", int(num_tokens[selected].sum(dtype=np.int64)))
+    picked = top_k(score, np.ones(len(score), bool), num_tokens, limit)
+    return number(np.mean(picked[selected]))
+
+
+def _is_known(control: str, table: pa.Table, targets: list[str]) -> bool:
+    if control in ("loss", "el2n"):
+        return control in table.column_names
+    has_norms = all(f"{target}.sumsq" in table.column_names for target in targets)
+    return control != "grand" or (bool(targets) and has_norms)
+
+
 def spread(x: np.ndarray) -> dict[str, Any]:
-    """Mean, standard deviation and quantiles of an array that is not empty."""
-    names = ("min", "p05", "p25", "p50", "p75", "p95", "max")
-    quantiles = dict(zip(names, map(number, np.quantile(x, _QUANTILES)), strict=True))
-    return {"mean": number(x.mean()), "std": number(x.std()), **quantiles}
+    """Mean, standard deviation, extremes and quantiles of an array that is not empty."""
+    step = max(1, len(x) // _MOST_ROWS)
+    quantiles = map(number, np.quantile(x[::step], list(_QUANTILES.values())))
+    return {
+        "mean": number(x.mean()),
+        "std": number(x.std()),
+        "min": number(x.min()),
+        **dict(zip(_QUANTILES, quantiles, strict=True)),
+        "max": number(x.max()),
+    }
 
 
 def correlation(x: np.ndarray, y: np.ndarray) -> float | None:

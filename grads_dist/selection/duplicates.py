@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 
 
 @dataclass(frozen=True)
@@ -31,24 +32,45 @@ def candidates(table: pa.Table, keep_duplicates: bool) -> Candidates:
     Rows are copies when `token_hash` and `num_tokens` are equal; the first by corpus index stays.
     """
     index = table.column("index").to_numpy()
-    usable = np.asarray(pa.compute.equal(table.column("status"), "ok"))
+    usable = pa.compute.equal(table.column("status"), "ok").to_numpy()
     rows = np.flatnonzero(usable)
-    rows = rows[np.argsort(index[rows], kind="stable")]
-    first = _first_alike(
-        table.column("token_hash").to_numpy()[rows], table.column("num_tokens").to_numpy()[rows]
-    )
-    is_copy = first != np.arange(len(rows))
-    copies, originals = index[rows[is_copy]], index[rows[first[is_copy]]]
+    if len(rows) and not (np.diff(index[rows]) > 0).all():
+        rows = rows[np.argsort(index[rows], kind="stable")]
+    token_hash = table.column("token_hash").to_numpy()
+    num_tokens = table.column("num_tokens").to_numpy()
+    if not is_all(rows, len(index)):
+        token_hash, num_tokens = token_hash[rows], num_tokens[rows]
+    copy, original = _copies(token_hash, num_tokens)
+    copies, originals = index[rows[copy]], index[rows[original]]
     if not keep_duplicates:
-        rows = rows[~is_copy]
-    return Candidates(rows.astype(np.int64), copies, originals, int(np.count_nonzero(~usable)))
+        rows = np.delete(rows, copy)
+    return Candidates(rows.astype(np.int64, copy=False), copies, originals, len(index) - int(usable.sum()))
 
 
-def _first_alike(token_hash: np.ndarray, num_tokens: np.ndarray) -> np.ndarray:
-    """For each row the first row with the same hash and length, int64 [n]."""
-    order = np.lexsort((num_tokens, token_hash))  # stable: equal rows keep their order
-    new = np.ones(len(order), bool)
-    new[1:] = (np.diff(token_hash[order]) != 0) | (np.diff(num_tokens[order]) != 0)
-    first = np.empty(len(order), np.int64)
-    first[order] = order[np.flatnonzero(new)][np.cumsum(new) - 1]
-    return first
+def is_all(rows: np.ndarray, count: int) -> bool:
+    """Whether these are all of `count` rows in order."""
+    return len(rows) == count and bool((np.diff(rows) == 1).all())
+
+
+def rows_of(table: pa.Table, rows: np.ndarray) -> pa.Table:
+    """Some rows of a table, not copied where these are all of them in order."""
+    return table if is_all(rows, table.num_rows) else table.take(pa.array(rows))
+
+
+def _copies(token_hash: np.ndarray, num_tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows with the hash and length of an earlier row, rising, and the first such row of each."""
+    order = np.argsort(token_hash, kind="stable")
+    ordered = token_hash[order]
+    same = ordered[1:] == ordered[:-1]
+    alike = np.zeros(len(order), bool)
+    alike[1:] |= same
+    alike[:-1] |= same
+    # Few rows share a hash: only they are sorted by length as well. Stable: equal rows keep their order.
+    rows = order[alike]
+    rows = rows[np.lexsort((num_tokens[rows], token_hash[rows]))]
+    new = np.ones(len(rows), bool)
+    new[1:] = (token_hash[rows[1:]] != token_hash[rows[:-1]]) | (np.diff(num_tokens[rows]) != 0)
+    first = rows[np.flatnonzero(new)][np.cumsum(new) - 1] if len(rows) else rows
+    copy, original = rows[~new], first[~new]
+    by_row = np.argsort(copy)
+    return copy[by_row], original[by_row]

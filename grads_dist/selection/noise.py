@@ -21,6 +21,14 @@ def uniform(index: np.ndarray, seed: int, purpose: str) -> np.ndarray:
     return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 
 
+def gumbel(index: np.ndarray, seed: int, purpose: str) -> np.ndarray:
+    """Standard Gumbel noise for each corpus row number, float64 [n]; arguments are those of `uniform`.
+
+    Log weights with this noise rank rows as drawing them one by one by their weights would.
+    """
+    return -np.log(-np.log(uniform(index, seed, purpose)))
+
+
 def _mix(x: np.ndarray) -> np.ndarray:
     x = x * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x632BE59BD9B4E019)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -2,11 +2,57 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from grads_dist.selection.budget import Budget, take
-from grads_dist.selection.ranks import positions, ranking
-from grads_dist.similarity.knn import Neighbours
+from grads_dist.selection.config import SelectionConfig
+from grads_dist.selection.facility import facility_values
+from grads_dist.selection.mmr import mmr_values
+from grads_dist.selection.noise import gumbel
+from grads_dist.selection.quota import Enough, Quotas, divide, take_parts
+from grads_dist.selection.ranks import ranking
+from grads_dist.selection.scored import Scored
+from grads_dist.similarity.clusters import kmeans
+from grads_dist.similarity.points import UnitRows
+
+
+@dataclass(frozen=True)
+class Picked:
+    """The rows that a pick takes of n rows, and their order."""
+
+    value: np.ndarray
+    """float64 [n], what orders the rows, best highest; final for the selected rows."""
+
+    selected: np.ndarray
+    """bool [n]."""
+
+
+def pick(
+    scored: Scored, score: np.ndarray, allowed: np.ndarray, budget: Budget, config: SelectionConfig
+) -> Picked:
+    """Pick within the budget by the configured rule (docs/selection.md, "Picks").
+
+    Args:
+        scored: the candidates.
+        score: float64 [n].
+        allowed: bool [n], rows that can be picked.
+        budget: how much is picked.
+        config: the rule and its options.
+    """
+    if budget.unit == "none":
+        return Picked(score, allowed.copy())
+    stratum = np.zeros(len(score), np.int64) if scored.strata is None else scored.strata.codes
+    quotas = divide_budget(stratum, allowed, scored.num_tokens, budget)
+    if config.pick == "cluster":
+        assert scored.points is not None
+        labels = clusters(scored.points, config.clusters, config.seed)
+        quotas = _within(quotas, labels, allowed)
+    value = _values(scored, score, allowed, quotas, config)
+    if len(quotas.limit) == 1:
+        return Picked(value, top_k(value, allowed, scored.num_tokens, budget))
+    return Picked(value, take_parts(value, allowed, quotas))
 
 
 def top_k(score: np.ndarray, eligible: np.ndarray, num_tokens: np.ndarray, budget: Budget) -> np.ndarray:
@@ -14,54 +60,69 @@ def top_k(score: np.ndarray, eligible: np.ndarray, num_tokens: np.ndarray, budge
 
     Args:
         score: float64 [n].
-        eligible: bool [n], rows that may be picked, see `keep_distinct`.
+        eligible: bool [n], rows that may be picked.
         num_tokens: tokens a row, int [n].
         budget: how much is picked.
     """
-    order = ranking(score)
+    if budget.unit == "none":
+        return eligible.copy()
+    rows = np.flatnonzero(eligible)
+    if budget.unit == "rows" and 0 < budget.limit < len(rows):
+        # Ordering all rows would take ten times as long as finding the last that is taken.
+        lowest = np.partition(score[rows], len(rows) - budget.limit)[len(rows) - budget.limit]
+        rows = rows[score[rows] >= lowest]
     chosen = np.zeros(len(score), bool)
-    chosen[take(order[eligible[order]], num_tokens, budget)] = True
+    chosen[take(rows[ranking(score[rows])], num_tokens, budget)] = True
     return chosen
 
 
-def keep_distinct(
-    score: np.ndarray, eligible: np.ndarray, neighbours: Neighbours, threshold: float
-) -> np.ndarray:
-    """Walk the eligible rows from the best, keep those that no kept row is too close to, bool [n].
-
-    Two rows are too close when either lists the other at a cosine of at least `threshold`, or when their
-    features are identical. The graph lists k neighbours a row: in a cluster of more than k near-duplicates
-    that are not identical, close rows can miss each other and both be kept (docs/selection.md,
-    "Near-duplicates").
-    """
-    num_rows = len(score)
-    place = np.where(eligible, positions(score), num_rows)
-    # The best of the rows with identical features stands for all of them, with all their edges.
-    best = np.full(num_rows, num_rows, np.int64)
-    np.minimum.at(best, neighbours.group, place)
-    leader = best[neighbours.group]
-    dropped = np.zeros(num_rows + 1, bool)
-    _drop_successors(dropped, *_edges(neighbours, leader, threshold, num_rows))
-    return eligible & (place == leader) & ~dropped[place]
+def divide_budget(part: np.ndarray, allowed: np.ndarray, num_tokens: np.ndarray, budget: Budget) -> Quotas:
+    """Each part's share of a budget in rows or tokens, by its share of all rows or tokens."""
+    num_parts = int(part.max(initial=0)) + 1
+    cost = None if budget.unit == "rows" else num_tokens
+    share, capacity = _totals(part, allowed, cost, num_parts)
+    return Quotas(part, divide(np.array([budget.limit]), share, capacity), cost)
 
 
-def _edges(
-    neighbours: Neighbours, leader: np.ndarray, threshold: float, num_rows: int
+def clusters(points: UnitRows, num_clusters: int | None, seed: int) -> np.ndarray:
+    """A cluster for each row, int64 [n]; rows without direction are one of their own."""
+    directed = int(np.count_nonzero(points.has_direction))
+    if directed == 0:
+        return np.zeros(points.num_rows, np.int64)
+    wanted = round(points.num_rows**0.5) if num_clusters is None else num_clusters
+    return kmeans(points, min(wanted, directed), seed) + 1
+
+
+def _within(quotas: Quotas, labels: np.ndarray, allowed: np.ndarray) -> Quotas:
+    """Divide the quota of each part among the clusters in it."""
+    key = quotas.part * (int(labels.max(initial=0)) + 1) + labels
+    names, part = np.unique(key, return_inverse=True)
+    parent = names // (int(labels.max(initial=0)) + 1)
+    share, capacity = _totals(part, allowed, quotas.cost, len(names))
+    return Quotas(part, divide(quotas.limit, share, capacity, parent), quotas.cost)
+
+
+def _totals(
+    part: np.ndarray, allowed: np.ndarray, cost: np.ndarray | None, num_parts: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Places (earlier, later) of group leaders at least as close as the threshold, by the earlier."""
-    # Cosines are float32: compared with the threshold as float32, 0.9 is at least 0.9.
-    row, column = np.nonzero(neighbours.cosine >= np.float32(threshold))
-    one, other = leader[row], leader[neighbours.ids[row, column]]
-    earlier, later = np.minimum(one, other), np.maximum(one, other)
-    proper = (earlier != later) & (later < num_rows)
-    earlier, later = earlier[proper], later[proper]
-    order = np.argsort(earlier, kind="stable")
-    return earlier[order], later[order]
+    """Rows, or what they cost, of each part: of all rows and of the allowed ones; int64."""
+    everything = np.bincount(part, weights=cost, minlength=num_parts)
+    weights = None if cost is None else cost[allowed]
+    possible = np.bincount(part[allowed], weights=weights, minlength=num_parts)
+    return everything.astype(np.int64), possible.astype(np.int64)
 
 
-def _drop_successors(dropped: np.ndarray, earlier: np.ndarray, later: np.ndarray) -> None:
-    """Mark in `dropped` the later ends of every kept earlier end; one step for each row with an edge."""
-    places, starts, counts = np.unique(earlier, return_index=True, return_counts=True)
-    for place, start, count in zip(places.tolist(), starts.tolist(), counts.tolist(), strict=True):
-        if not dropped[place]:
-            dropped[later[start : start + count]] = True
+def _values(
+    scored: Scored, score: np.ndarray, allowed: np.ndarray, quotas: Quotas, config: SelectionConfig
+) -> np.ndarray:
+    """What the rule orders the rows by, float64 [n]."""
+    if config.pick == "gumbel":
+        return score / config.temperature + gumbel(scored.index, config.seed, "gumbel")
+    if config.pick not in ("mmr", "facility_location") or scored.graph is None:
+        return score
+    assert scored.terms is not None
+    enough = Enough(quotas)
+    if config.pick == "mmr":
+        return mmr_values(scored.terms, config.weights, scored.graph, allowed, quotas.part, enough)
+    gradient = scored.terms.gradient
+    return facility_values(gradient, config.weights, scored.graph, allowed, quotas.part, enough)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.stats import rankdata
 
 # Below this spread, relative to the size of the values, what varies is rounding.
 _CONSTANT = 1e-12
+_TABLE = 4
 
 
 def is_constant(x: np.ndarray) -> bool:
     """Whether all values are equal but for rounding; true of an empty array."""
-    return len(x) == 0 or bool(np.ptp(x) <= _CONSTANT * np.abs(x).max())
+    if len(x) == 0:
+        return True
+    low, high = float(x.min()), float(x.max())
+    return high - low <= _CONSTANT * max(abs(low), abs(high))
 
 
 def z(x: np.ndarray) -> np.ndarray:
@@ -20,7 +23,8 @@ def z(x: np.ndarray) -> np.ndarray:
     if is_constant(x):
         return np.zeros(len(x))
     centred = x - x.mean()
-    return centred / np.sqrt(np.mean(centred**2))
+    centred /= np.sqrt(np.mean(centred**2))
+    return centred
 
 
 def r(x: np.ndarray) -> np.ndarray:
@@ -30,7 +34,28 @@ def r(x: np.ndarray) -> np.ndarray:
 
 def average_rank(x: np.ndarray) -> np.ndarray:
     """Rank from 1 to n, float64 [n], rising with x; ties share their mean rank."""
-    return rankdata(x, method="average")
+    order = np.argsort(x)
+    ordered = x[order]
+    # Ties begin where the value changes, and share the mean of the ranks that they take up.
+    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(x)])
+    stops = np.append(starts[1:], len(x))
+    ranks = np.empty(len(x))
+    ranks[order] = np.repeat((starts + stops + 1) / 2, stops - starts)
+    return ranks
+
+
+def distinct(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Distinct whole numbers, rising, the place of each of `x` among them, and how often each occurs."""
+    low, high = (int(x.min()), int(x.max())) if len(x) else (0, -1)
+    if high - low > _TABLE * (len(x) + 1):
+        values, place, counts = np.unique(x, return_inverse=True, return_counts=True)
+        return values, place, counts
+    # Counting instead of sorting.
+    offset = x.astype(np.int64) - low
+    counts = np.bincount(offset, minlength=high - low + 1)
+    values = np.flatnonzero(counts)
+    place = np.cumsum(counts > 0) - 1
+    return values + low, place[offset], counts[values]
 
 
 def positions(score: np.ndarray) -> np.ndarray:

@@ -41,12 +41,16 @@ def redundancy(neighbours: Neighbours, gradient: np.ndarray) -> Redundancy:
     place = positions(gradient)
     closest, shadow_place = _closest_before(neighbours, place)
     tau = _tau(neighbours)
-    if tau < 1.0:
-        values = np.maximum(0.0, (closest - tau) / (1.0 - tau))
-    else:
-        values = (closest >= 1.0).astype(np.float64)
+    values = reduction(closest, tau)
     shadow = np.where(values > 0, ranking(gradient)[shadow_place], -1)
     return Redundancy(values, shadow, tau)
+
+
+def reduction(closest: np.ndarray, tau: float) -> np.ndarray:
+    """max(0, (c - tau) / (1 - tau)) for the cosines c, float64 [n]; where tau is 1: 1 for c = 1, else 0."""
+    if tau < 1.0:
+        return np.maximum(0.0, (closest.astype(np.float64) - tau) / (1.0 - tau))
+    return (closest >= 1.0).astype(np.float64)
 
 
 def _closest_before(neighbours: Neighbours, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -54,11 +58,11 @@ def _closest_before(neighbours: Neighbours, place: np.ndarray) -> tuple[np.ndarr
     best = np.full(len(place), len(place), np.int64)
     np.minimum.at(best, neighbours.group, place)
     best = best[neighbours.group]
-    closest = np.empty(len(place))
+    closest = np.empty(len(place), np.float32)
     shadow_place = np.empty(len(place), np.int64)
     for start in range(0, len(place), _BLOCK_ROWS):
         block = slice(start, min(start + _BLOCK_ROWS, len(place)))
-        ids = neighbours.ids[block]
+        ids = np.asarray(neighbours.ids[block])
         # The last column is the row's own group, at cosine 1.
         places = np.concatenate([best[ids], best[block, None]], axis=1)
         cosine = np.concatenate([neighbours.cosine[block], np.ones((len(ids), 1), np.float32)], axis=1)
@@ -73,8 +77,20 @@ def _closest_before(neighbours: Neighbours, place: np.ndarray) -> tuple[np.ndarr
 
 def _tau(neighbours: Neighbours) -> float:
     """Median over the corpus of the cosine of the farthest listed neighbour; 0 where no row has any."""
-    found = (neighbours.ids >= 0).sum(axis=1)
+    last = [last_cosine(neighbours, start, start + _BLOCK_ROWS) for start in _starts(neighbours)]
+    listed = np.concatenate([cosine[~np.isnan(cosine)] for cosine in last])
+    return float(np.median(listed.astype(np.float64))) if len(listed) else 0.0
+
+
+def last_cosine(neighbours: Neighbours, start: int, stop: int) -> np.ndarray:
+    """The cosine of the farthest listed neighbour of consecutive rows, float32; NaN for a row without any."""
+    cosine = np.asarray(neighbours.cosine[start:stop])
+    found = (np.asarray(neighbours.ids[start:stop]) >= 0).sum(axis=1)
+    result = np.full(len(cosine), np.nan, np.float32)
     rows = np.flatnonzero(found)
-    if len(rows) == 0:
-        return 0.0
-    return float(np.median(neighbours.cosine[rows, found[rows] - 1].astype(np.float64)))
+    result[rows] = cosine[rows, found[rows] - 1]
+    return result
+
+
+def _starts(neighbours: Neighbours) -> range:
+    return range(0, max(1, len(neighbours.ids)), _BLOCK_ROWS)

@@ -1,76 +1,40 @@
-"""Selection from the files of a finished probe."""
+"""Selection from the files of a finished probe, or from a table that no probe wrote."""
 
 from __future__ import annotations
 
 import json
 import logging
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from grads_dist.errors import ConfigError, DataError
+from grads_dist.data.corpus import Corpus
+from grads_dist.errors import ConfigError, DataError, GradsDistError
 from grads_dist.runtime.rundir import RunDir
-from grads_dist.selection.checkpoints import fold_checkpoints
 from grads_dist.selection.config import SelectionConfig
-from grads_dist.selection.controls import COMPARED_BY, how_to_get
+from grads_dist.selection.controls import COMPARED_BY
+from grads_dist.selection.duplicates import candidates
+from grads_dist.selection.labels import Labels, labels_of_corpus, unknown_column
+from grads_dist.selection.origin import Origin
 from grads_dist.selection.relevant import read_relevance
-from grads_dist.selection.scored import needs_graph
-from grads_dist.selection.select import Selection, needed_columns, select
-from grads_dist.selection.signal import signal_columns
+from grads_dist.selection.run_diagnostics import describe_more
+from grads_dist.selection.scored import needs_features, needs_graph
+from grads_dist.selection.select import Selection, select
+from grads_dist.selection.source import CANDIDATE_COLUMNS, Source, run_source
+from grads_dist.selection.stages import Stages
 from grads_dist.selection.write import write_selection
-from grads_dist.similarity.knn import choose_backend
-from grads_dist.table.schema import score_schema
+from grads_dist.similarity.config import SimilarityConfig
+from grads_dist.similarity.knn import knn
+from grads_dist.similarity.points import UnitRows, unit_rows
 
 if TYPE_CHECKING:
-    from grads_dist.config import Config
-    from grads_dist.data.corpus import Corpus
+    from grads_dist.config import Config, TableConfig
+    from grads_dist.runtime.ranks import Ranks
 
 logger = logging.getLogger(__name__)
-
-
-def check_selection(config: Config, targets: list[str]) -> None:
-    """Find before a probe what would stop the selection after it; `targets` are the probe's.
-
-    Raises:
-        ConfigError: the probe writes no such features or columns, or the search library or its device is not
-            there.
-    """
-    columns = score_schema(targets).names
-    for name in signal_columns(config.selection.signal, targets):
-        if name not in columns:
-            raise ConfigError(
-                f"selection.signal: {name!r} is not a column of the score table; "
-                f"allowed: {', '.join(columns)}"
-            )
-        if config.probe.statistics == "moments" and name.endswith((".min", ".max")):
-            raise ConfigError(
-                f"selection.signal: {name!r} is not read with probe.statistics: moments; use signal norm, or "
-                f"statistics: all"
-            )
-    criterion = config.selection.criterion
-    if criterion in COMPARED_BY:
-        missing = config.data.target is None or COMPARED_BY[criterion] not in config.probe.feature_names
-        if missing:
-            raise ConfigError(
-                f"selection.criterion: {criterion} compares {COMPARED_BY[criterion]} features with a target "
-                f"set; {how_to_get(criterion)}"
-            )
-    if not needs_graph(config.selection):
-        return
-    if config.probe.features == "none":
-        raise ConfigError(
-            "probe.features: none is not allowed, because selection.weights d or r, or "
-            "selection.dedup_threshold, compare features; allowed: content, or weights d and r of 0"
-        )
-    if config.similarity.features not in config.probe.feature_files:
-        raise ConfigError(
-            f"similarity.features: {config.similarity.features!r} is not what the probe writes; "
-            f"allowed: {', '.join(config.probe.feature_files)}"
-        )
-    choose_backend(config.similarity)
 
 
 def run_selection(config: Config, rundir: RunDir, corpus: Corpus) -> dict[str, Any]:
@@ -80,60 +44,150 @@ def run_selection(config: Config, rundir: RunDir, corpus: Corpus) -> dict[str, A
         ConfigError: the run is not probed, or lacks what the configuration asks for.
         DataError: the score table, the features and the corpus do not belong together.
     """
-    selection = select_from(config, rundir)
-    counts = selection.summary["counts"] | {"corpus": corpus.num_rows, "rejected": _num_rejected(rundir)}
+    selection = select_from(config, rundir, corpus)
+    counts = {"corpus": corpus.num_rows, "rejected": _num_rejected(rundir)}
+    manifest = json.loads(rundir.manifest.read_text(encoding="utf-8"))
+    origin = Origin(config.selection, config.data, config.model, config.probe, manifest)
     folder = rundir.selection_dir(config.selection.name)
-    summary = write_selection(
-        replace(selection, summary=selection.summary | {"counts": counts}), corpus, folder
+    return _write(_with_counts(selection, counts), corpus, folder, origin)
+
+
+def table_selection(config: TableConfig, source: Source, corpus: Corpus | None) -> dict[str, Any]:
+    """Select from a table that no probe wrote, and write the selection; returns what summary.json holds.
+
+    Without a corpus no subset is written. Errors are those of `run_selection`.
+    """
+    selection = _select_source(source, config.selection, config.similarity, corpus, None)
+    selection = _with_counts(selection, {"corpus": None if corpus is None else corpus.num_rows})
+    files = {"scores": source.scores, **source.features}
+    read = {"table": {name: str(path) for name, path in files.items()}}
+    origin = None if config.data is None else Origin(config.selection, config.data)
+    folder = source.output.selection_dir(config.selection.name)
+    return _write(replace(selection, summary=selection.summary | read), corpus, folder, origin)
+
+
+def select_from(config: Config, rundir: RunDir, corpus: Corpus | None = None) -> Selection:
+    """Select from a run directory without writing the selection; errors are those of `run_selection`.
+
+    Neighbours that had to be searched are kept in the run directory. `corpus` is opened if it is needed.
+    """
+    source = run_source(rundir)
+    stratify_by = config.selection.stratify_by
+    if corpus is None and stratify_by is not None and stratify_by not in source.columns:
+        corpus = Corpus.open(config.data)
+    return _select_source(
+        source, config.selection, config.similarity, corpus, config.probe.checkpoint_weights
     )
-    logger.info("select: %d rows in %s", len(selection.selected_index), folder / summary["subset"])
+
+
+def share_graph(
+    source: Source, selection: SelectionConfig, similarity: SimilarityConfig, ranks: Ranks
+) -> None:
+    """Search the neighbours on all ranks, into the folder where rank 0 will look for them. Collective.
+
+    Every rank reads of the table what tells the candidates, and of the features the rows it searches with.
+    Errors are those of `run_selection`, the same on every rank.
+    """
+    if not needs_graph(selection):
+        return
+    points: UnitRows | None = None
+    failure: GradsDistError | None = None
+    try:
+        points = _points(source, selection, similarity)
+    except GradsDistError as error:
+        failure = error
+    ranks.agree(failure)
+    if not any(ranks.gather(points is not None)):
+        return
+    if points is None:
+        failure = DataError(
+            f"similarity.features: rank {ranks.rank} does not see the files of {similarity.features!r}"
+        )
+    ranks.agree(failure)
+    assert points is not None
+    knn(points, similarity, source.graph_folder(similarity.features), ranks)
+
+
+def _with_counts(selection: Selection, counts: dict[str, int | None]) -> Selection:
+    summary = selection.summary
+    return replace(selection, summary=summary | {"counts": summary["counts"] | counts})
+
+
+def _write(
+    selection: Selection, corpus: Corpus | None, folder: Path, origin: Origin | None
+) -> dict[str, Any]:
+    summary = write_selection(selection, corpus, folder, origin)
+    logger.info("select: %d rows in %s", len(selection.selected_index), folder)
     return summary
 
 
-def select_from(config: Config, rundir: RunDir) -> Selection:
-    """Select from a run directory without writing; errors are those of `run_selection`."""
-    for path in (rundir.scores, rundir.manifest):
-        if not path.exists():
-            raise ConfigError(f"output_dir: {str(rundir.root)!r} has no {path.name}; probe first")
-    targets = list(json.loads(rundir.manifest.read_text(encoding="utf-8"))["targets"])
-    table, targets = fold_checkpoints(_read_table(rundir, config.selection, targets), targets)
-    features = _read_features(rundir, config)
+def _select_source(
+    source: Source,
+    selection: SelectionConfig,
+    similarity: SimilarityConfig,
+    corpus: Corpus | None,
+    weights: list[float] | None,
+) -> Selection:
+    stages = Stages()
+    with stages("read"):
+        table, targets = source.selection_table(selection)
+        features = _features(source, similarity.features, needed=needs_features(selection))
+        labels = _labels(source, table, selection.stratify_by, corpus)
     close = None
-    if config.selection.criterion in COMPARED_BY:
-        close = read_relevance(rundir, config.selection.criterion, config.probe.checkpoint_weights)
-        _check_rows(close, table)
-    return select(table, features, config.selection, config.similarity, targets, close)
+    if selection.criterion in COMPARED_BY:
+        with stages("relevance"):
+            close = read_relevance(source.output, selection.criterion, weights)
+            _check_rows(close, table)
+    found = select(
+        table,
+        features,
+        selection,
+        similarity,
+        targets,
+        close,
+        strata=None if labels is None else labels.codes,
+        graph_folder=source.graph_folder(similarity.features),
+    )
+    with stages("diagnostics"):
+        summary = describe_more(source, table, found, selection, weights, labels)
+    seconds = {name: summary["seconds"].get(name, 0.0) + spent for name, spent in stages.seconds.items()}
+    return replace(found, summary=summary | {"seconds": summary["seconds"] | seconds})
 
 
-def _read_table(rundir: RunDir, selection: SelectionConfig, targets: list[str]) -> pa.Table:
-    """Only the columns that the selection needs; `select` names one that is missing.
-
-    `checkpoint` is not there in runs of earlier versions, which knew but one.
-    """
-    present = set(pq.read_schema(rundir.scores).names)
-    columns = [name for name in [*needed_columns(selection, targets), "checkpoint"] if name in present]
-    return pq.read_table(rundir.scores, columns=columns)
-
-
-def _check_rows(close: np.ndarray, table: pa.Table) -> None:
-    if len(close) != table.num_rows:
-        raise DataError(f"features of {len(close)} rows do not belong to a table of {table.num_rows} rows")
-
-
-def _read_features(rundir: RunDir, config: Config) -> np.ndarray | None:
-    path = rundir.features(config.similarity.features)
-    if not needs_graph(config.selection):
+def _points(source: Source, selection: SelectionConfig, similarity: SimilarityConfig) -> UnitRows | None:
+    """The candidates in feature space; None where the source has no features, which `select` will say."""
+    features = _features(source, similarity.features, needed=True)
+    if features is None:
         return None
-    if not path.exists():
-        found = (file.stem for file in path.parent.glob("*.npy"))
-        available = sorted(name for name in found if not name.endswith(".target"))
-        if not available:
-            return None
+    table, _ = source.table(list(CANDIDATE_COLUMNS))
+    _check_rows(features, table)
+    return unit_rows(features, candidates(table, selection.keep_duplicates).rows)
+
+
+def _features(source: Source, name: str, needed: bool) -> np.ndarray | None:
+    """The features that rows are compared by; where only the diagnostics read them, they may be missing."""
+    if name in source.features:
+        return source.read_features(name)
+    if needed and source.features:
         raise ConfigError(
-            f"similarity.features: {config.similarity.features!r} is not among the features of the run; "
-            f"allowed: {', '.join(available)}"
+            f"similarity.features: {name!r} is not among the features of the run; "
+            f"allowed: {', '.join(source.features)}"
         )
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    return None
+
+
+def _labels(source: Source, table: pa.Table, column: str | None, corpus: Corpus | None) -> Labels | None:
+    """The strata of the table's rows, where the corpus has to tell them."""
+    if column is None or column in table.column_names:
+        return None
+    if corpus is None:
+        raise unknown_column(column, source.columns, "the corpus, as --data.path is not given")
+    return labels_of_corpus(corpus, column, table.column("index").to_numpy())
+
+
+def _check_rows(values: np.ndarray, table: pa.Table) -> None:
+    if len(values) != table.num_rows:
+        raise DataError(f"features of {len(values)} rows do not belong to a table of {table.num_rows} rows")
 
 
 def _num_rejected(rundir: RunDir) -> int | None:

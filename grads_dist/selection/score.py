@@ -12,7 +12,7 @@ from grads_dist.selection.diversity import diversity
 from grads_dist.selection.redundancy import redundancy
 from grads_dist.similarity.knn import Neighbours
 
-_DECIMALS = 12
+DECIMALS = 12
 
 
 @dataclass(frozen=True)
@@ -48,5 +48,5 @@ def combine(criterion: GradientCriterion, neighbours: Neighbours | None, weights
     reduction = redundancy(neighbours, gradient)
     score = weights.g * gradient + weights.d * spread - weights.r * reduction.values
     # Without rounding, equal sums such as 0.1 + 0.2 and 0.3 would not be ties.
-    score = np.round(score, _DECIMALS)
+    score = np.round(score, DECIMALS)
     return Terms(gradient, spread, reduction.values, reduction.shadow, reduction.tau, score)

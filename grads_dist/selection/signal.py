@@ -43,6 +43,9 @@ class Signal:
     zero_means: list[str] = field(default_factory=list)
     """Targets whose mean is zero by construction and left out."""
 
+    pair: np.ndarray | None = None
+    """float64 [2, n], signals of the two targets, adjusted alike; None without `density_over: targets`."""
+
 
 def signal_columns(signal: SignalPreset | list[str], targets: list[str]) -> list[str]:
     """Columns of the score table that a signal is computed from."""
@@ -63,20 +66,22 @@ def compute_signal(table: pa.Table, config: SelectionConfig, targets: list[str])
         raise ConfigError(
             f"selection.signal: {config.signal} needs at least one target, and the score table has none"
         )
-    values = {name: read_column(table, name, "selection.signal") for name in columns}
+    both = is_over_targets(config, targets)
     floored: dict[str, int] = {}
     zero_means: list[str] = []
-    if config.signal == "paper":
-        parts = [_paper(values, target, floored, zero_means) for target in targets]
-    elif config.signal == "norm":
-        parts = [z(_log(values, f"{target}.norm", floored)) for target in targets]
-    else:
-        parts = [z(column) for column in values.values()]
-    raw = np.mean(parts, axis=0)
+    raw, parts = np.zeros(table.num_rows), []
+    # One column in memory at a time, but for what is kept of it.
+    names = targets if isinstance(config.signal, str) else columns
+    for name in names:
+        part = _part(table, name, config.signal, floored, zero_means)
+        raw += part
+        parts += [part] if both else []
+    raw /= len(names)
     if floored:
         logger.warning("signal: values that are not positive count as the smallest positive one: %s", floored)
     adjusted, length_r2, step_r2 = _adjust(raw, table, config)
-    return Signal(adjusted, raw, length_r2, step_r2, floored, zero_means)
+    pair = np.stack([_adjust(part, table, config)[0] for part in parts]) if both else None
+    return Signal(adjusted, raw, length_r2, step_r2, floored, zero_means, pair)
 
 
 def read_column(table: pa.Table, name: str, field: str) -> np.ndarray:
@@ -86,6 +91,7 @@ def read_column(table: pa.Table, name: str, field: str) -> np.ndarray:
     kind = table.schema.field(name).type
     if not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
         raise ConfigError(f"{field}: column {name!r} holds {kind}, not numbers")
+    # A copy: what to_numpy gives may be the table's own memory, and callers change the result.
     column = table.column(name).to_numpy().astype(np.float64)
     num_bad = int(np.count_nonzero(~np.isfinite(column)))
     if num_bad:
@@ -93,33 +99,67 @@ def read_column(table: pa.Table, name: str, field: str) -> np.ndarray:
     return column
 
 
-def _paper(
-    values: dict[str, np.ndarray], target: str, floored: dict[str, int], zero_means: list[str]
+def is_over_targets(config: SelectionConfig, targets: list[str]) -> bool:
+    """Whether the density is over the signals of two targets; refuses it where they are not two."""
+    if config.density_over != "targets":
+        return False
+    if not isinstance(config.signal, str):
+        raise ConfigError(
+            "selection.density_over: targets needs a signal of targets, and selection.signal lists columns; "
+            "allowed: signal, or selection.signal paper or norm"
+        )
+    if len(targets) != 2:
+        raise ConfigError(
+            f"selection.density_over: targets needs two targets, and the score table has {len(targets)}; "
+            "allowed: signal"
+        )
+    return True
+
+
+def _part(
+    table: pa.Table,
+    name: str,
+    signal: SignalPreset | list[str],
+    floored: dict[str, int],
+    zero_means: list[str],
 ) -> np.ndarray:
-    parts = [
-        z(_log(values, f"{target}.{name}", floored, sign))
-        for name, sign in (("max", 1), ("min", -1), ("std", 1))
-    ]
-    if _mean_is_zero(values[f"{target}.sum"], values[f"{target}.sumsq"]):
+    """What one target, or one listed column, adds to the signal, float64 [n]."""
+    if signal == "paper":
+        return _paper(table, name, floored, zero_means)
+    if signal == "norm":
+        return z(_log(table, f"{name}.norm", floored))
+    return z(read_column(table, name, "selection.signal"))
+
+
+def _paper(table: pa.Table, target: str, floored: dict[str, int], zero_means: list[str]) -> np.ndarray:
+    total = z(_log(table, f"{target}.max", floored))
+    total += z(_log(table, f"{target}.min", floored, sign=-1))
+    total += z(_log(table, f"{target}.std", floored))
+    mean = read_column(table, f"{target}.mean", "selection.signal")
+    if _mean_is_zero(table, target):
         zero_means.append(target)
-    else:
-        parts.append(z(values[f"{target}.mean"]))
-    return np.mean(parts, axis=0)
+        return total / 3
+    total += z(mean)
+    return total / 4
 
 
-def _mean_is_zero(total: np.ndarray, sumsq: np.ndarray) -> bool:
+def _mean_is_zero(table: pa.Table, target: str) -> bool:
     """Sums of real gradients are of the size of the norm; where they cancel, rounding is left."""
-    return len(total) == 0 or bool(np.mean(np.abs(total) <= _ZERO_MEAN * np.sqrt(sumsq)) >= 0.99)
+    total = np.abs(read_column(table, f"{target}.sum", "selection.signal"))
+    norm = np.sqrt(read_column(table, f"{target}.sumsq", "selection.signal"))
+    return len(total) == 0 or bool(np.mean(total <= _ZERO_MEAN * norm) >= 0.99)
 
 
-def _log(values: dict[str, np.ndarray], name: str, floored: dict[str, int], sign: int = 1) -> np.ndarray:
-    column = sign * values[name]
+def _log(table: pa.Table, name: str, floored: dict[str, int], sign: int = 1) -> np.ndarray:
+    column = read_column(table, name, "selection.signal")
+    column *= sign
     positive = column > 0
     if not positive.all():
         floored[name] = int(np.count_nonzero(~positive))
-    if not positive.any():
-        return np.zeros(len(column))
-    return np.log(np.where(positive, column, column[positive].min()))
+        if not positive.any():
+            return np.zeros(len(column))
+        column[~positive] = column[positive].min()
+    return np.log(column, out=column)
 
 
 def _adjust(

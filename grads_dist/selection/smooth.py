@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from grads_dist.selection.ranks import distinct
+
 _MAX_TERMS = 8
 _ROWS_PER_TERM = 10
 _TAIL = 0.001  # share of the rows beyond each outer knot
@@ -34,11 +36,10 @@ def remove_trend(signal: np.ndarray, column: np.ndarray, log: bool) -> Detrended
         column: whole numbers [n] the trend runs over, positive where `log` is set.
         log: fit on the logarithm of the column.
     """
-    values, group, counts = np.unique(column, return_inverse=True, return_counts=True)
+    values, group, counts = distinct(column)
     means = np.bincount(group, weights=signal) / counts
     x = np.log(values.astype(np.float64)) if log else values.astype(np.float64)
-    fitted = _fit(x, means, counts.astype(np.float64))[group]
-    residual = signal - fitted
+    residual = signal - _fit(x, means, counts.astype(np.float64))[group]
     total = float(np.mean((signal - signal.mean()) ** 2))
     left = float(np.mean(residual**2))
     # What a perfect fit leaves is rounding; kept, it would be ranked like a signal.
