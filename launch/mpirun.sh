@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # NPROC ranks, of Open MPI or MPICH:   NPROC=8 launch/mpirun.sh run --config c.yaml
 # Over nodes:                          NPROC=16 launch/mpirun.sh --hostfile hosts -- run --config c.yaml
-# What stands before `--` goes to mpiexec.
+# What stands before a `--` goes to mpiexec.
 set -euo pipefail
 
 options=()

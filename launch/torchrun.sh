@@ -1,8 +1,14 @@
 #!/usr/bin/env bash
 # One node, one rank a GPU:            launch/torchrun.sh run --config c.yaml
 # More nodes, on each of them:         NNODES=4 HEAD=node0:29500 launch/torchrun.sh run --config c.yaml
+# NPROC is the number of ranks a node. What stands before a `--` goes to torchrun.
 set -euo pipefail
 
+options=()
+if [[ " $* " == *" -- "* ]]; then
+    while [[ "$1" != "--" ]]; do options+=("$1"); shift; done
+    shift
+fi
 if command -v nvidia-smi >/dev/null; then gpus=$(nvidia-smi --list-gpus | wc -l); else gpus=1; fi
 args=(--nproc-per-node "${NPROC:-$gpus}")
 if [[ -n "${HEAD:-}" ]]; then
@@ -10,4 +16,4 @@ if [[ -n "${HEAD:-}" ]]; then
 else
     args+=(--standalone)
 fi
-exec torchrun "${args[@]}" -m grads_dist "$@"
+exec torchrun "${args[@]}" "${options[@]}" -m grads_dist "$@"

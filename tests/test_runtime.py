@@ -1,4 +1,4 @@
-"""Launchers, ranks, the run directory and logs. As a script, this file is what the ranks of its tests do."""
+"""Ranks, the run directory and logs. As a script, this file is what the ranks of its tests do."""
 
 import json
 import logging
@@ -13,92 +13,7 @@ import pytest
 
 from grads_dist.errors import ConfigError, DataError, GradsDistError
 from grads_dist.runtime import launcher, logs
-from grads_dist.runtime.launcher import Placement, first_host, place
 from grads_dist.runtime.rundir import RunDir, atomic_write
-
-SLURM = {
-    "SLURM_JOB_ID": "12",
-    "SLURM_STEP_ID": "0",
-    "SLURM_PROCID": "5",
-    "SLURM_LOCALID": "1",
-    "SLURM_NODEID": "2",
-    "SLURM_NTASKS": "99",
-    "SLURM_STEP_NUM_TASKS": "6",
-    "SLURM_STEP_TASKS_PER_NODE": "2(x3)",
-    "SLURM_STEP_NODELIST": "gpu[07-09]",
-    "SLURM_NODELIST": "gpu[01-09]",
-}
-TORCHRUN = {
-    "RANK": "3",
-    "WORLD_SIZE": "4",
-    "LOCAL_RANK": "1",
-    "LOCAL_WORLD_SIZE": "2",
-    "MASTER_ADDR": "head",
-    "MASTER_PORT": "1234",
-}
-
-
-def test_alone_is_one_rank():
-    assert place({}) == Placement(0, 1, 0, 1, "single")
-
-
-def test_torchrun_wins_over_slurm():
-    assert place(SLURM | TORCHRUN) == Placement(3, 4, 1, 2, "torchrun", "head", 1234)
-
-
-def test_deepspeed_launcher_is_known():
-    env = {k: v for k, v in TORCHRUN.items() if k != "LOCAL_WORLD_SIZE"}
-    placement = place(env | {"CROSS_RANK": "0", "CROSS_SIZE": "1", "LOCAL_SIZE": "2"})
-    assert placement == Placement(3, 4, 1, 2, "deepspeed", "head", 1234)
-
-
-def test_slurm_step():
-    placement = place(SLURM)
-    assert placement == Placement(5, 6, 1, 2, "slurm", "gpu07", placement.master_port)
-    assert 20000 <= placement.master_port < 30000
-    # All ranks of the step must come to the same port, and another job on the node to another.
-    assert place(SLURM | {"SLURM_PROCID": "0", "SLURM_NODEID": "0"}).master_port == placement.master_port
-    assert place(SLURM | {"SLURM_JOB_ID": "13"}).master_port != placement.master_port
-
-
-def test_slurm_batch_script_without_srun_is_one_rank():
-    env = {k: v for k, v in SLURM.items() if "STEP" not in k}
-    assert place(env).world_size == 1
-
-
-def test_slurm_uneven_nodes():
-    env = SLURM | {"SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_NODEID": "2"}
-    assert place(env).local_world_size == 1
-
-
-@pytest.mark.parametrize(
-    ("nodelist", "first"),
-    [
-        ("n[1-3]", "n1"),
-        ("n[03,05-9],m1", "n03"),
-        ("n1", "n1"),
-        ("a-b.c,d", "a-b.c"),
-        ("rack[2-4]-gpu,x", "rack2-gpu"),
-        ("rack[1-2]node[1-4]", "rack1node1"),
-        ("r[07,9]n[03-4]-x,m[1-2]", "r07n03-x"),
-    ],
-)
-def test_first_host(nodelist, first):
-    assert first_host(nodelist) == first
-
-
-@pytest.mark.parametrize(
-    ("env", "named"),
-    [
-        (TORCHRUN | {"RANK": "x"}, "RANK: 'x'"),
-        (TORCHRUN | {"MASTER_PORT": "-1"}, "MASTER_PORT: '-1'"),
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR"),
-        (SLURM | {"SLURM_STEP_NODELIST": ""}, "SLURM_NODELIST: ''"),
-    ],
-)
-def test_broken_launcher_variables_are_named(env, named):
-    with pytest.raises(ConfigError, match=named):
-        place(env)
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,18 @@ import functools
 import os
 import re
 import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Literal
 
 from grads_dist.errors import ConfigError
 
 Launcher = Literal["single", "torchrun", "deepspeed", "slurm", "mpi"]
 DEFAULT_PORT = 29500
+NAME_TRIES = 5
+"""Times that a name is looked up, a second apart: a name server that many ranks ask at once may drop some."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,13 @@ def detect() -> Placement:
     """Find the placement of this process, once.
 
     Under an MPI launcher the first call is a collective: every rank must make it.
-    Raises ConfigError when the launcher's variables are incomplete or no numbers.
+    Raises ConfigError when the launcher's variables are incomplete or no numbers, or name a host that this
+    node does not know.
     """
-    return place(os.environ)
+    placement = place(os.environ)
+    if placement.world_size > 1:
+        _check_host(placement.master_addr)
+    return placement
 
 
 def place(env: Mapping[str, str]) -> Placement:
@@ -113,6 +121,8 @@ def _from_slurm(env: Mapping[str, str]) -> Placement:
     tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
     per_node = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "1"))
     nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", "127.0.0.1"))
+    # A step on one node needs no name, which compute nodes may not know.
+    head = "127.0.0.1" if env.get("SLURM_STEP_NUM_NODES") == "1" else first_host(nodes)
     # The ranks cannot talk yet, so the port follows from what all of them know; two jobs on a node differ.
     shared = _number(env, "SLURM_JOB_ID", 0) * 7 + _number(env, "SLURM_STEP_ID", 0)
     return Placement(
@@ -121,7 +131,7 @@ def _from_slurm(env: Mapping[str, str]) -> Placement:
         local_rank=_number(env, "SLURM_LOCALID", 0),
         local_world_size=_tasks_on_node(per_node, _number(env, "SLURM_NODEID", 0)),
         launcher="slurm",
-        master_addr=env.get("MASTER_ADDR") or first_host(nodes),
+        master_addr=env.get("MASTER_ADDR") or head,
         master_port=_number(env, "MASTER_PORT", 20000 + shared % 10000),
     )
 
@@ -143,13 +153,9 @@ def _started_by_mpi(env: Mapping[str, str]) -> bool:
 
 
 def _from_mpi(env: Mapping[str, str]) -> Placement:
-    import mpi4py
-
-    # Leaving without MPI_Finalize is how a failed rank makes mpiexec stop the others: see finish().
-    mpi4py.rc.finalize = False
-    from mpi4py import MPI
-
+    MPI = _import_mpi()
     world = MPI.COMM_WORLD
+    _check_mpi_size(env, world.Get_size())
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
     one_node = local.Get_size() == world.Get_size()
     host = env.get("MASTER_ADDR") or ("127.0.0.1" if one_node else socket.gethostname())
@@ -163,6 +169,47 @@ def _from_mpi(env: Mapping[str, str]) -> Placement:
         launcher="mpi",
         master_addr=host,
         master_port=port,
+    )
+
+
+def _import_mpi() -> ModuleType:
+    try:
+        import mpi4py
+
+        # Leaving without MPI_Finalize is how a failed rank makes mpiexec stop the others: see finish().
+        mpi4py.rc.finalize = False
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        # RuntimeError: mpi4py is there and finds no MPI library.
+        raise ConfigError(
+            f"mpi4py: cannot be used ({error}), but mpiexec started this rank; "
+            "allowed: mpi4py with the MPI library of that mpiexec, or torchrun"
+        ) from None
+    module: ModuleType = MPI
+    return module
+
+
+def _check_mpi_size(env: Mapping[str, str], size: int) -> None:
+    """Raise ConfigError where mpi4py found another MPI library than mpiexec's: each rank would be alone."""
+    name = next((n for n in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE") if n in env), None)
+    if name is not None and _number(env, name) != size:
+        raise ConfigError(
+            f"{name}: {env[name]}, but mpi4py sees {size} rank; allowed: an mpiexec of mpi4py's MPI library"
+        )
+
+
+def _check_host(name: str) -> None:
+    """Raise ConfigError for a host that cannot be looked up; torch would try for half an hour."""
+    for attempt in range(NAME_TRIES):
+        try:
+            socket.getaddrinfo(name, None)
+            return
+        except socket.gaierror:
+            if attempt < NAME_TRIES - 1:
+                time.sleep(1)
+    raise ConfigError(
+        f"MASTER_ADDR: this node does not know the host {name!r}; "
+        "allowed: a name or an address of rank 0's node that all nodes know, set in the environment"
     )
 
 
