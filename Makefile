@@ -6,6 +6,9 @@ CONSTRAINTS ?= constraints-cpu.txt
 EXTRA ?= cpu
 
 BIN := .venv/bin
+# DeepSpeed builds a library with the ninja that it finds, at the first start of a run; kept with what it was built for.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions
 STAMP := .venv/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
@@ -41,10 +44,13 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 bench-smoke: $(STAMP)
+	$(PIP_INSTALL) -q -e ".[$(EXTRA),benchmarks]"
 	$(BIN)/python benchmarks/bench_probe.py --smoke
 	$(BIN)/python benchmarks/bench_kernels.py --smoke
 	$(BIN)/python benchmarks/bench_memory.py --smoke
 	$(BIN)/python benchmarks/bench_callback.py --smoke
+	$(BIN)/python benchmarks/bench_select.py --smoke
+	$(BIN)/python benchmarks/bench_select_rivals.py --smoke
 
 gpu-check: $(STAMP)
 	$(BIN)/python benchmarks/gpu_check.py
