@@ -32,16 +32,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _without_local_rank(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
-        print(_overview())
+        _say(_overview())
         return 0 if args else ConfigError.exit_code
     if args[0] == "--version":
-        print(f"grads-dist {_version()}")
+        _say(f"grads-dist {_version()}")
         return 0
     ranks: Ranks | None = None
     try:
         if _only_asks(args):
             # Ends in SystemExit. Launcher variables may be left over in a shell, where no other rank comes.
-            commands.prepare(args)
+            _answer(args)
         ranks = _start_ranks()
         action = _prepare(args, ranks)
         if ranks is None or commands.COMMANDS[args[0]].collective:
@@ -49,12 +49,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             text = ranks.on_main(action)
         if text and (ranks is None or ranks.is_main):
-            print(text)
+            _say(text)
         if ranks is not None:
             ranks.close()
         return 0
     except BaseException as error:
         return _fail(error, ranks)
+
+
+def _answer(args: Sequence[str]) -> None:
+    try:
+        commands.prepare(args)
+    except BrokenPipeError:
+        _drop_output()
+        raise SystemExit(0) from None
 
 
 def _start_ranks() -> Ranks | None:
@@ -88,6 +96,7 @@ def _fail(error: BaseException, ranks: Ranks | None) -> int:
     """Report `error` in one line, once over all ranks, and end this rank."""
     if isinstance(error, SystemExit) and ranks is None:
         # --help and --print_config end so.
+        _say()
         return error.code if isinstance(error.code, int) else 1
     code, report = _diagnose(error)
     if ranks is None:
@@ -119,6 +128,19 @@ def _diagnose(error: BaseException) -> tuple[int, Callable[[], None]]:
         return 1, lambda: _print_error(f"{type(error).__name__}: {error} (traceback above)", trace)
     logs.record_failure(error)
     return 1, lambda: _print_error(f"{type(error).__name__}: {error} (traceback in {path})")
+
+
+def _say(text: str = "") -> None:
+    """Print `text`, and what was printed before; a reader that has gone, as `| head` goes, is no failure."""
+    try:
+        print(text, end="\n" if text else "", flush=True)
+    except BrokenPipeError:
+        _drop_output()
+
+
+def _drop_output() -> None:
+    """Nobody reads it; Python writes what is left when it ends, and would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _print_error(message: str, before: str = "") -> None:

@@ -79,7 +79,7 @@ def _prepare_select(args: Sequence[str]) -> Action:
         )
     if not values_of("--config", args) and "--help" not in args and "-h" not in args:
         folder = values_of("--output_dir", args)[-1:] or ["run"]
-        base = Path(folder[0]) / "config.yaml"
+        base = Path(folder[0]).expanduser() / "config.yaml"
         if not base.is_file():
             raise ConfigError(
                 f"output_dir: {folder[0]!r} holds no config.yaml; allowed: the folder of a finished probe, "

@@ -92,6 +92,18 @@ def test_rows_are_formed_until_it_is_certain(monkeypatch, scale):
     assert found.rows_formed > 1
 
 
+def test_of_rows_with_equal_bounds_none_is_passed_over(monkeypatch):
+    """300 rows of one bound, more than the first look takes, and the smallest element in any of them."""
+    monkeypatch.setattr(certificate, "FIRST_ROWS", 100)
+    a = torch.eye(1, D)
+    for place in range(0, V, 10):
+        b = torch.full((1, V), 1e-3)
+        b[0, ::10], b[0, 5::60] = 1.0, -0.5
+        b[0, place] = -1.0
+        found = certify(b, a, torch.tensor([1]))
+        assert found is not None and (found.low.item(), found.high.item()) == (-1.0, 1.0), place
+
+
 def test_what_is_not_finite_is_not_vouched_for():
     for bad in (torch.nan, torch.inf):
         b, a, targets = problem()

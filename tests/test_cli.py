@@ -1,5 +1,6 @@
 """The command line: what users see and exit codes. As a script, this file is a rank whose command fails."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -163,6 +164,17 @@ def test_text_of_a_command_is_printed(monkeypatch, capsys):
     use(monkeypatch, lambda: "what it did")
     assert cli.main(["run"]) == 0
     assert capsys.readouterr().out == "what it did\n"
+
+
+@pytest.mark.parametrize("args", [[], ["run", "--help"], ["run", "--data.path", "x", "--print_config"]])
+def test_a_reader_that_goes_is_no_failure(args):
+    """`| head` closes the pipe; here it is closed before anything is written."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "grads_dist", *args]
+    with os.fdopen(writing) as stdout:
+        done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0 if args else 2, "")
 
 
 def test_the_deepspeed_launcher_adds_an_argument_that_is_ignored(monkeypatch, capsys):

@@ -55,7 +55,10 @@ def test_every_file_is_there(finished):
         "scores.parquet",
         "features/content.npy",
         "rejected.jsonl",
-        *(f"similarity/content/{name}" for name in ("graph.json", "ids.npy", "cosine.npy", "group.npy")),
+        *(
+            f"similarity/content/{name}"
+            for name in (".lock", "graph.json", "ids.npy", "cosine.npy", "group.npy")
+        ),
         "selection/default/subset.jsonl",
         "selection/default/selected.parquet",
         "selection/default/summary.json",

@@ -148,6 +148,14 @@ def test_what_a_table_lacks_is_one_line(table, capsys, args, message):
     assert not (table.parent / "out").exists()
 
 
+def test_a_signal_of_texts_is_refused(tmp_path, capsys):
+    pq.write_table(pa.table({"topic": ["a", "b"], "quality": [1.0, 2.0]}), tmp_path / "own.parquet")
+    command(tmp_path / "own.parquet", "--selection.signal", "[topic]", *NO_GRAPH, code=2)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "'topic', which selection.signal ['topic'] reads, holds string, not numbers; allowed: " in error
+    assert error.endswith(": quality")
+
+
 def test_files_that_cannot_be_read(tmp_path, capsys):
     (tmp_path / "own.parquet").write_text("quality\n1\n")
     command(tmp_path / "own.parquet", code=3)
@@ -160,9 +168,11 @@ def test_files_that_cannot_be_read(tmp_path, capsys):
         "text": "own.npy' cannot be read",
         "row": "holds float64 of shape [2]",
         "whole": "holds int64 of shape [2, 3]",
+        "narrow": "holds float64 of shape [2, 0]",
         "short": "features of shape [1, 3] do not belong to a table of 2 rows",
     }.items():
         vectors = {"row": np.ones(2), "whole": np.ones((2, 3), int), "short": np.ones((1, 3))}
+        vectors["narrow"] = np.ones((2, 0))
         if content == "text":
             (tmp_path / "own.npy").write_text("no array")
         else:
@@ -311,6 +321,18 @@ def test_features_that_only_the_diagnostics_read_are_read(finished):
     RunDir(Path(finished.output_dir)).features("content").write_bytes(b"not an array")
     with pytest.raises(DataError, match="features: '.*content.npy' cannot be read"):
         run_of(finished, rows=12, weights=Weights(1, 0, 0))
+
+
+def test_a_run_that_is_damaged_or_cannot_be_written_is_one_line(finished):
+    rundir = RunDir(Path(finished.output_dir))
+    (rundir.root / "selection").touch()
+    with pytest.raises(ConfigError, match="output_dir: '.*default' cannot be written"):
+        run_of(finished, rows=12)
+    content = rundir.scores.read_bytes()
+    for damaged in (content[:100], content[:4] + bytes(len(content) // 2) + content[len(content) // 2 + 4 :]):
+        rundir.scores.write_bytes(damaged)
+        with pytest.raises(DataError, match="table: '.*scores.parquet' is no readable Parquet file"):
+            run_of(finished, rows=12)
 
 
 def test_strata_come_from_the_corpus(finished):

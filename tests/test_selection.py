@@ -307,6 +307,12 @@ def test_a_constant_signal_leaves_the_choice_to_diversity():
         ({}, np.zeros((7, 3), np.float16), DataError, r"features of shape \[7, 3\]"),
         ({"tokens": 3}, clustered_features(20), ConfigError, "selection.tokens: 3 is less than the"),
         ({"gradient": "zscore", "zscore": 1e-9}, clustered_features(20), ConfigError, "selection.zscore"),
+        (
+            {"gradient": "zscore", "zscore": 1e-9, "criterion": "random", "weights": NO_GRAPH},
+            None,
+            ConfigError,
+            "selection.zscore: no row",
+        ),
         ({"signal": ["nope"]}, clustered_features(20), ConfigError, "selection.signal: 'nope'"),
     ],
 )

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from selection_tables import TARGETS, clustered_features, score_table
+from selection_tables import TARGETS, clustered_features, score_table, with_column
 
-from grads_dist.selection import near_duplicates
+from grads_dist.selection import choose, near_duplicates
 from grads_dist.selection.config import SelectionConfig
 from grads_dist.selection.near_duplicates import NearDuplicates
+from grads_dist.selection.pick import Picked
 from grads_dist.selection.ranks import ranking
 from grads_dist.selection.select import select
 from grads_dist.similarity.config import SimilarityConfig
@@ -135,3 +136,22 @@ def test_what_an_approximate_graph_misses_is_found_among_the_picked(monkeypatch,
     with caplog.at_level(logging.WARNING):
         unchecked = select(score_table(120), features, options, SIMILARITY, TARGETS)
     assert not unchecked.summary["near_duplicates"]["exact"] and "misses some" in caplog.text
+
+
+def test_a_row_that_was_checked_is_checked_again_when_it_comes_back(monkeypatch):
+    """As a greedy pick may have it, whose rows change when one is dropped."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(40, 16)).astype(np.float32)
+    features[[2, 3]], features[4] = features[1] * [[1.01], [1.02]], features[0] * 1.01
+    # 3 goes for 2, then 4 for 0; then 2 is back, beside 1.
+    picks = iter([[0, 2, 3], [0, 1, 4], [0, 1, 2], [0, 1, 5]])
+
+    def scripted(scored, score, *args):
+        return Picked(score, np.isin(np.arange(40), next(picks)))
+
+    monkeypatch.setattr("grads_dist.selection.scored.knn", lambda *args: blind(knn(*args)))
+    monkeypatch.setattr(choose, "pick", scripted)
+    table = with_column(score_table(40), "loss", np.arange(40, 0, -1, dtype=np.float32))
+    options = SelectionConfig(criterion="loss", rows=3, dedup_threshold=0.95)
+    found = select(table, features, options, SIMILARITY, TARGETS)
+    assert found.selected.nonzero()[0].tolist() == [0, 1, 5]

@@ -62,6 +62,15 @@ def test_shares_are_largest_remainders(parts, total):
         assert (np.abs(found - total * share / share.sum()) < 1).all()
 
 
+def test_ties_of_remainders_go_to_the_first_however_large_the_numbers_are():
+    capacity = np.full(3, 10**12)
+    assert divide(np.array([2]), np.array([4, 1, 1]), capacity).tolist() == [2, 0, 0]
+    # 10^12 / 3 + 1/3 each; the products are beyond 64 bits.
+    share = np.array([10**11, 10**11, 10**11])
+    found = divide(np.array([10**12]), share, capacity)
+    assert found.tolist() == [333_333_333_334, 333_333_333_333, 333_333_333_333]
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(PARTS, min_size=1, max_size=4), st.data())
 def test_shares_of_several_parents_are_each_one_alone(families, data):

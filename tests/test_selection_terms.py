@@ -324,6 +324,17 @@ def test_silverman_of_a_known_sample():
     assert silverman(np.array([0.0, 0, 0, 0, 0, 0, 1])) == pytest.approx(np.sqrt(1 / 7) * (21 / 4) ** -0.2)
 
 
+def test_a_quartile_range_of_rounding_is_none(caplog):
+    rng = np.random.default_rng(0)
+    tied = np.where(rng.random(2000) < 0.9, 0.0, 5 + rng.normal(size=2000))
+    nearly = np.where(tied == 0, rng.random(2000) * 1e-17, tied)
+    np.testing.assert_allclose(density(nearly, "silverman").values, density(tied, "silverman").values)
+    pair = np.stack([nearly, rng.normal(size=2000)])
+    expected = joint_density(np.stack([tied, pair[1]]), "silverman").values
+    np.testing.assert_allclose(joint_density(pair, "silverman").values, expected)
+    assert not caplog.records
+
+
 def test_isj_follows_the_narrow_mode_and_the_unit():
     rng = np.random.default_rng(5)
     normal_sample = rng.normal(size=10000)

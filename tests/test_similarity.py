@@ -2,6 +2,8 @@
 
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import numpy as np
 import pytest
@@ -203,6 +205,7 @@ def test_a_graph_is_kept_and_found_again(tmp_path, caplog):
     config = SimilarityConfig(k=4, index="exact", library="torch", device="cpu")
     first = knn(unit_rows(features), config, tmp_path / "graph")
     assert sorted(p.name for p in (tmp_path / "graph").iterdir()) == [
+        ".lock",
         "cosine.npy",
         "graph.json",
         "group.npy",
@@ -269,6 +272,44 @@ def test_a_failed_search_leaves_no_graph(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         knn(unit_rows(features[:50]), config, tmp_path)
     assert not (tmp_path / "graph.json").exists()
+
+
+def test_two_searches_at_once_do_not_mix_their_graphs(tmp_path, monkeypatch):
+    features, written, waits = clustered(120), Event(), Event()
+    config = SimilarityConfig(k=4, library="torch", device="cpu")
+    finish, flock = store.finish, store.fcntl.flock
+
+    def slow_finish(*args):
+        """The arrays are there; what they are is said when the other has been made to wait."""
+        written.set()
+        assert waits.wait(10)
+        finish(*args)
+
+    def noticed_flock(*args):
+        try:
+            flock(*args)
+        except BlockingIOError:
+            waits.set()
+            raise
+
+    monkeypatch.setattr(store, "finish", slow_finish)
+    monkeypatch.setattr(store.fcntl, "flock", noticed_flock)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(knn, unit_rows(features, np.arange(100)), config, tmp_path)
+        assert written.wait(30)
+        second = pool.submit(knn, unit_rows(features, np.arange(20, 120)), config, tmp_path)
+        check_graph(first.result(), features[:100], 4)
+        check_graph(second.result(), features[20:], 4)
+
+
+def test_a_folder_that_cannot_be_locked_is_used_with_a_warning(tmp_path, monkeypatch, caplog):
+    def no_locks(*args):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(store.fcntl, "flock", no_locks)
+    features, config = clustered(60), SimilarityConfig(k=3, library="torch", device="cpu")
+    check_graph(knn(unit_rows(features), config, tmp_path), features, 3)
+    assert "is used without a lock: Operation not supported" in caplog.text
 
 
 @pytest.mark.parametrize("n", [0, 1])

@@ -67,6 +67,7 @@ def choose(
         choice = _choose(scored, scored.terms.score, scored.criterion.eligible, budget, config)
     if config.criterion != "grads":
         if choice is not None and budget.unit == "none":
+            _check(choice, scored, config)
             budget = Budget("rows", int(choice.selected.sum()))
         reference = None if choice is None else choice.selected
         score = control_score(config.criterion, scored.table, targets, config.seed, reference, relevance)
@@ -101,9 +102,12 @@ def _choose(
                 picked.selected.sum(),
             )
             break
-        distinct = len(too_close) == 0
+        if len(too_close) == 0:
+            distinct = True
+            break
         allowed[too_close] = False
-        checked |= picked.selected & allowed
+        # Rows that are picked no more are compared anew if they come back.
+        checked = picked.selected & allowed
     return Choice(score, picked.value, allowed, picked.selected, budget, distinct)
 
 

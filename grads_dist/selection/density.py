@@ -21,6 +21,8 @@ _MAX_GRID = 1 << 21
 _REACH = 8.0  # bandwidths after which the kernel, 1e-14 of its peak, is cut off
 _ISJ_BINS = 1 << 12
 _BLOCK_ROWS = 1 << 20
+# A quartile range below this share of the whole range is what rounding leaves of none.
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -101,11 +103,11 @@ def choose_bandwidth(signal: np.ndarray, rule: Bandwidth, dims: int = 1) -> tupl
 def silverman(signal: np.ndarray, dims: int = 1) -> float:
     """min(std, IQR / 1.349) (4 / (d + 2) n)^(1 / (d + 4)), `dims` d being the signals of the density.
 
-    The std alone where more than half of the rows are equal.
+    The std alone where more than half of the rows are equal but for rounding.
     """
     low, high = np.percentile(signal, [25, 75])
     spread = float(signal.std(ddof=1))
-    if high > low:
+    if high - low > _ROUNDING * float(np.ptp(signal)):
         spread = min(spread, float(high - low) / 1.3489795003921634)
     return spread * (len(signal) * (dims + 2) / 4) ** (-1 / (dims + 4))
 

@@ -38,6 +38,10 @@ def check_columns(columns: dict[str, pa.DataType], selection: SelectionConfig, h
     for name, reader, instead in _needed(columns, selection):
         if name not in columns:
             raise ConfigError(f"table: column {name!r} is missing, which {reader} reads; {instead}")
+        if not _is_number(columns[name]):
+            raise ConfigError(
+                f"table: column {name!r}, which {reader} reads, holds {columns[name]}, not numbers; {instead}"
+            )
     if selection.criterion in COMPARED_BY:
         raise ConfigError(
             f"selection.criterion: {selection.criterion} compares with the target set of a probe; "
@@ -103,12 +107,12 @@ def _needed(columns: dict[str, pa.DataType], selection: SelectionConfig) -> list
 
 def _numbers(columns: dict[str, pa.DataType]) -> str:
     fixed = ("index", "checkpoint", "token_hash", "step")
-    numeric = [
-        name
-        for name, kind in columns.items()
-        if name not in fixed and (pa.types.is_floating(kind) or pa.types.is_integer(kind))
-    ]
+    numeric = [name for name, kind in columns.items() if name not in fixed and _is_number(kind)]
     return ", ".join(numeric) or "it has none"
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_floating(kind) or pa.types.is_integer(kind)
 
 
 def _texts(column: pa.ChunkedArray | pa.Array, name: str) -> pa.ChunkedArray | pa.Array:

@@ -53,17 +53,19 @@ def divide(
     rest = np.minimum(total, _sums(capacity, parent, len(total)))
     opened = capacity > 0
     while True:
-        whole = _sums(share * opened, parent, len(total))
-        exact = rest[parent].astype(np.float64) * np.where(opened, share, 0) / np.maximum(whole, 1)[parent]
-        full = opened & (capacity <= exact)
+        whole = np.maximum(_sums(share * opened, parent, len(total)), 1)[parent]
+        # In whole numbers, for rounding would break ties; as objects, for products of tokens outgrow 64 bits.
+        product = rest[parent].astype(object) * np.where(opened, share, 0)
+        least, remainder = (product // whole).astype(np.int64), (product % whole).astype(np.int64)
+        full = opened & (capacity <= least)
         if not full.any():
             break
         given[full] = capacity[full]
         rest = rest - _sums(capacity * full, parent, len(total))
         opened &= ~full
-    given[opened] = np.floor(exact[opened])
+    given[opened] = least[opened]
     rest = rest - _sums(given * opened, parent, len(total))
-    order = np.lexsort((given - exact, parent))
+    order = np.lexsort((-remainder, parent))
     order = order[opened[order]]
     place = np.arange(len(order)) - np.searchsorted(parent[order], parent[order])
     given[order[place < rest[parent[order]]]] += 1

@@ -47,9 +47,14 @@ class Source:
         """Those of the columns that are there, one row for each row of the corpus, and the targets.
 
         `checkpoint` is not there in runs of earlier versions, which knew but one.
+
+        Raises DataError for a table that cannot be read.
         """
         present = [name for name in dict.fromkeys([*columns, "checkpoint"]) if name in self.columns]
-        table = pq.read_table(self.scores, columns=present)
+        try:
+            table = pq.read_table(self.scores, columns=present)
+        except (OSError, pa.ArrowException) as error:
+            raise _unreadable(self.scores, error) from error
         if not self.is_run:
             table = fill_missing(table, pq.read_metadata(self.scores).num_rows)
         return fold_checkpoints(table, self.targets)
@@ -69,7 +74,7 @@ class Source:
             features = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"features: {str(path)!r} cannot be read ({error})") from error
-        if features.ndim != 2 or features.dtype.kind != "f":
+        if features.ndim != 2 or features.dtype.kind != "f" or not features.shape[1]:
             raise DataError(
                 f"features: {str(path)!r} holds {features.dtype} of shape {list(features.shape)}; "
                 "allowed: floating point numbers, a row for each row of the table"
@@ -84,7 +89,9 @@ class Source:
 def run_source(rundir: RunDir) -> Source:
     """The files of a finished probe.
 
-    Raises ConfigError when the folder holds none.
+    Raises:
+        ConfigError: the folder holds none.
+        DataError: the score table cannot be read.
     """
     for path in (rundir.scores, rundir.manifest):
         if not path.exists():
@@ -92,7 +99,7 @@ def run_source(rundir: RunDir) -> Source:
     targets = list(json.loads(rundir.manifest.read_text(encoding="utf-8"))["targets"])
     found = sorted(rundir.features("content").parent.glob("*.npy"))
     features = {path.stem: path for path in found if not path.stem.endswith(".target")}
-    columns = pq.read_schema(rundir.scores).names
+    columns = _schema(rundir.scores).names
     return Source(rundir.scores, columns, targets, features, rundir, is_run=True)
 
 
@@ -112,12 +119,19 @@ def table_source(scores: Path, features: Path | None, selection: SelectionConfig
             f"output_dir: {str(output.root)!r} is a run and has a selection {selection.name!r}; "
             "allowed: another folder, or another --selection.name"
         )
-    try:
-        schema = pq.read_schema(scores)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"table: {str(scores)!r} is no readable Parquet file ({error})") from error
-    columns = {field.name: field.type for field in schema}
+    columns = {field.name: field.type for field in _schema(scores)}
     check_columns(columns, selection, features is not None)
     log_defaults(columns)
     files = {} if features is None else {features.stem: features}
     return Source(scores, list(columns), infer_targets(list(columns)), files, output, is_run=False)
+
+
+def _schema(scores: Path) -> pa.Schema:
+    try:
+        return pq.read_schema(scores)
+    except (OSError, pa.ArrowException) as error:
+        raise _unreadable(scores, error) from error
+
+
+def _unreadable(scores: Path, error: Exception) -> DataError:
+    return DataError(f"table: {str(scores)!r} is no readable Parquet file ({error})")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from grads_dist.errors import ConfigError
 from grads_dist.runtime.rundir import atomic_write
 from grads_dist.selection.axolotl import axolotl_stanza
 from grads_dist.selection.card import Facts, card
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
     from grads_dist.data.corpus import Corpus
 
 _WRITTEN = ("subset", "subset.jsonl", "subset.csv", "subset.parquet", "selected.parquet")
+_STAGED = "staged"
 _DESCRIPTIONS = ("README.md", "dataset_info.json", "axolotl.yaml")
 
 
@@ -35,8 +40,8 @@ def write_selection(
     """Write the subset, what describes it and summary.json to `folder`; returns what summary.json holds.
 
     The subset holds the original rows in corpus order, and row k of selected.parquet is about row k of it.
-    What an earlier selection left in the folder is removed first, and summary.json is written last, so that
-    it stands for a complete selection.
+    What an earlier selection left in the folder is removed once the new subset is whole, and summary.json is
+    written last, so that it stands for a complete selection.
 
     Args:
         selection: what is written.
@@ -45,15 +50,19 @@ def write_selection(
         origin: what the selection was made from. Without it the subset is one file, with no card or stanzas.
 
     Raises:
+        ConfigError: the folder cannot be written.
         DataError: the corpus does not hold a selected row, or a row has a column that `output.scores` adds.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    _remove_previous(folder)
     summary = dict(selection.summary)
-    if corpus is not None:
-        output = Output() if origin is None else origin.selection.output
-        subset = _write_subset(selection, corpus, folder, output)
-        summary["subset"] = subset_pattern(subset, corpus.form)
+    with _staging(folder) as staged:
+        if corpus is not None:
+            output = Output() if origin is None else origin.selection.output
+            subset = _write_subset(selection, corpus, staged, output)
+            summary["subset"] = subset_pattern(subset, corpus.form)
+        with _writable(folder):
+            _remove_previous(folder, staged)
+        if corpus is not None:
+            subset = subset.rename(folder / subset.name)
     with atomic_write(folder / "selected.parquet") as path:
         pq.write_table(selected_table(selection), path)
     if corpus is not None and origin is not None:
@@ -88,11 +97,33 @@ def _write_subset(selection: Selection, corpus: Corpus, folder: Path, output: Ou
     return corpus.write_subset(selection.selected_index, folder, output.rows_per_file, added)
 
 
-def _remove_previous(folder: Path) -> None:
+@contextmanager
+def _staging(folder: Path) -> Iterator[Path]:
+    """A folder inside `folder` for what is not whole yet; removed at the end."""
+    staged = folder / f".tmp-{os.getpid()}-{_STAGED}"
+    with _writable(folder):
+        staged.mkdir(parents=True, exist_ok=True)
+    try:
+        yield staged
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir: {str(folder)!r} cannot be written ({error.strerror}); allowed: a writable folder"
+        ) from error
+
+
+def _remove_previous(folder: Path, staged: Path) -> None:
     """Remove what selections write, summary.json first, and what a killed one left; nothing else."""
     (folder / "summary.json").unlink(missing_ok=True)
-    names = (*_WRITTEN, *_DESCRIPTIONS, "summary.json")
-    left = [path for name in names for path in folder.glob(f".tmp-*-{name}")]
+    names = (*_WRITTEN, *_DESCRIPTIONS, "summary.json", _STAGED)
+    left = [path for name in names for path in folder.glob(f".tmp-*-{name}") if path != staged]
     for path in [*(folder / name for name in (*_WRITTEN, *_DESCRIPTIONS)), *left]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import tempfile
 from pathlib import Path
@@ -43,7 +44,7 @@ def knn(
 
     Raises:
         ConfigError: library, device or index cannot be used here. Raised on all ranks.
-        DataError: there are too many rows.
+        DataError: there are too many rows, or a rank does not see the folder. Raised on all ranks.
     """
     if points.num_rows >= _MAX_ROWS:
         raise DataError(f"{points.num_rows} rows cannot be compared; allowed: fewer than {_MAX_ROWS}")
@@ -56,13 +57,22 @@ def knn(
     options = {"k": config.k, "index": config.index, "recall": config.recall}
     options |= {"library": backend.library, "device": backend.device}
     key = on_main(ranks, lambda: store.fingerprint(points, options))
-    found = store.load(folder, key) if on_main(ranks, lambda: store.load(folder, key) is not None) else None
-    if found is not None:
-        logger.info("similarity: the neighbours of %d rows are those in %s", points.num_rows, folder)
-        return found
-    on_main(ranks, lambda: store.forget(folder))
-    built = build(points, config, backend, folder, ranks)
-    on_main(ranks, lambda: built.write(folder, key))
+    with contextlib.ExitStack() as held:
+        on_main(ranks, lambda: held.enter_context(store.locked(folder)))
+        if on_main(ranks, lambda: store.load(folder, key) is not None):
+            logger.info("similarity: the neighbours of %d rows are those in %s", points.num_rows, folder)
+        else:
+            on_main(ranks, lambda: store.forget(folder))
+            built = build(points, config, backend, folder, ranks)
+            on_main(ranks, lambda: built.write(folder, key))
+        return agreed(ranks, lambda: _kept(folder, key))
+
+
+def _kept(folder: Path, key: str) -> Neighbours:
+    """The graph that the main rank sees in the folder."""
     graph = store.load(folder, key)
-    assert graph is not None, "all ranks see the same folder"
+    if graph is None:
+        raise DataError(
+            f"similarity: {folder} does not show this rank the graph that the main rank keeps there"
+        )
     return graph

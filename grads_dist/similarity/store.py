@@ -1,22 +1,29 @@
 """A graph in a folder: found again when features, rows and options are the same.
 
+.lock                              held while the folder is read or written
 ids.npy  cosine.npy  group.npy     the arrays of `Neighbours`
 graph.json                         what they were made from and how, written last
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
 from grads_dist.runtime.rundir import atomic_write
 from grads_dist.similarity.graph import Neighbours, Search
 from grads_dist.similarity.points import UnitRows
+
+logger = logging.getLogger(__name__)
 
 _VERSION = 1
 _ARRAYS = ("ids", "cosine", "group")
@@ -34,6 +41,29 @@ def fingerprint(points: UnitRows, options: dict[str, object]) -> str:
         for block in _blocks(array):
             digest.update(block.data)
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of the folder: two graphs written at once would mix their arrays.
+
+    Where it cannot be locked (read-only, or a file system without locks) there is a warning.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _lock(held.enter_context((folder / ".lock").open("ab")), folder)
+        except OSError as error:
+            logger.warning("similarity: %s is used without a lock: %s", folder, error.strerror)
+        yield
+
+
+def _lock(file: IO[bytes], folder: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        logger.info("similarity: waiting for another process that works in %s", folder)
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def load(folder: Path, key: str) -> Neighbours | None:

@@ -95,8 +95,8 @@ def certified_statistics(samples: Sequence[HeadSample], bounds: Sequence[Tensor]
     searches = [_Search(sample, bounds_V) for sample, bounds_V in zip(samples, bounds, strict=True)]
     unsure, formed, wanted = searches, 0, FIRST_ROWS
     while unsure := [search for search in unsure if wanted <= LARGEST_SHARE * search.num_rows]:
-        top = torch.topk(torch.stack([search.bounds for search in unsure]), wanted)
-        for search, rows in zip(unsure, top.indices[:, formed:], strict=True):
+        top = torch.topk(torch.stack([search.bounds for search in unsure]), wanted - formed)
+        for search, rows in zip(unsure, top.indices, strict=True):
             search.form(rows)
         formed, wanted = wanted, 4 * wanted
         certain = top.values[:, -1] <= torch.stack([search.smaller_extreme for search in unsure])
@@ -124,6 +124,8 @@ class _Search:
         """Form rows of G and look at their elements."""
         found = torch.aminmax(self.sample.b_nV.index_select(1, rows).t() @ self.sample.a_nD)
         self.low, self.high = torch.minimum(self.low, found.min), torch.maximum(self.high, found.max)
+        # Not found again: which of equal bounds come first may differ from look to look.
+        self.bounds.index_fill_(0, rows, -1.0)
 
     @property
     def smaller_extreme(self) -> Tensor:

@@ -104,7 +104,7 @@ def test_two_ranks_find_the_true_neighbours(runs, case):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_folder_holds_the_graph_and_nothing_else(runs, case):
     names = sorted(path.name for path in (runs.folder / "graphs" / case.name).iterdir())
-    assert names == ["cosine.npy", "graph.json", "group.npy", "ids.npy"]
+    assert names == [".lock", "cosine.npy", "graph.json", "group.npy", "ids.npy"]
     about = json.loads((runs.folder / "graphs" / case.name / "graph.json").read_text(encoding="utf-8"))
     assert about["search"]["exact"] == (case.index == "exact")
 
