@@ -109,7 +109,7 @@ def test_no_two_selected_rows_reach_the_threshold(seed, pick, threshold):
     found = select(score_table(90), features, options, SIMILARITY, TARGETS)
     cosine = all_cosines(features)[np.ix_(found.selected, found.selected)]
     np.fill_diagonal(cosine, 0)
-    assert cosine.max() < threshold + 1e-5
+    assert np.round(cosine, 6).astype(np.float32).max() < np.float32(threshold)
     assert found.selected.sum() == min(30, found.summary["counts"]["allowed"])
     assert found.summary["near_duplicates"] == {"threshold": threshold, "exact": True}
 

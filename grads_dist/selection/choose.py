@@ -72,8 +72,9 @@ def choose(
         reference = None if choice is None else choice.selected
         score = control_score(config.criterion, scored.table, targets, config.seed, reference, relevance)
         if config.criterion == "length_matched_random":
-            # Any rule but topk would change the lengths.
-            scored, config = replace(scored, strata=None), replace(config, pick="topk")
+            # Any other rule would change the lengths.
+            scored = replace(scored, strata=None)
+            config = replace(config, pick="topk", dedup_threshold=None)
         choice = _choose(scored, score, np.ones(len(score), bool), budget, config)
     assert choice is not None
     _check(choice, scored, config)

@@ -62,6 +62,8 @@ class NearDuplicates:
         certain = self.graph_is_exact
         if num_unsure > 1 and not (self.points is not None and (certain or self._affordable(num_unsure))):
             unsure[:], certain = False, False
+        elif num_unsure > 1:
+            logger.info("near-duplicates: %d rows may be close to more than they list; compared", num_unsure)
         return Distinct(self._walk(order, links, unsure), certain)
 
     def check(self, score: np.ndarray, picked: np.ndarray, checked: np.ndarray) -> np.ndarray | None:
