@@ -82,7 +82,7 @@ def test_subpackages_hold_a_docstring_and_nothing_else():
         assert text.startswith('"""') and text.count('"""') == 2 and text.endswith('"""\n'), path
 
 
-@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero3_offload"])
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero3_nvme", "zero3_offload"])
 def test_deepspeed_files(name):
     settings = json.loads((ROOT / "launch" / f"{name}.json").read_text())
     zero = settings["zero_optimization"]
