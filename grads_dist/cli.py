@@ -81,15 +81,7 @@ def _prepare(args: Sequence[str], ranks: Ranks | None) -> Action:
     """Parse on every rank: what is wrong on one, such as a file that its node lacks, is raised on all."""
     if ranks is None:
         return commands.prepare(args)
-    action: Action | None = None
-    failure: GradsDistError | None = None
-    try:
-        action = commands.prepare(args)
-    except GradsDistError as error:
-        failure = error
-    ranks.agree(failure)
-    assert action is not None
-    return action
+    return ranks.on_all(lambda: commands.prepare(args))
 
 
 def _fail(error: BaseException, ranks: Ranks | None) -> int:

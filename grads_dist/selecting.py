@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from grads_dist.config import Config, TableConfig
 from grads_dist.data.corpus import Corpus
-from grads_dist.errors import DataError, GradsDistError
+from grads_dist.errors import DataError
 from grads_dist.preflight import absolute, absolute_table
 from grads_dist.runtime.launcher import detect
 from grads_dist.runtime.rundir import RunDir
 
 if TYPE_CHECKING:
     from grads_dist.runtime.ranks import Ranks
-
-T = TypeVar("T")
+    from grads_dist.selection.source import Source
 
 
 def select(config: Config) -> str:
@@ -45,7 +43,11 @@ def select_table(config: TableConfig, table: str, features: str | None) -> str:
     scores = Path(table).expanduser().absolute()
     vectors = None if features is None else Path(features).expanduser().absolute()
     ranks = _several_ranks()
-    source = _agreed(lambda: table_source(scores, vectors, config.selection, output), ranks)
+
+    def found() -> Source:
+        return table_source(scores, vectors, config.selection, output)
+
+    source = found() if ranks is None else ranks.on_all(found)
     if source.features:
         config = replace(config, similarity=replace(config.similarity, features=next(iter(source.features))))
 
@@ -90,7 +92,7 @@ def select_with(config: Config, ranks: Ranks | None) -> str:
         return rest()
     # What is wrong with the corpus is said before the search, which may take long.
     ranks.on_main(lambda: bool(corpus()))
-    source = _agreed(lambda: run_source(rundir), ranks)
+    source = ranks.on_all(lambda: run_source(rundir))
     share_graph(source, config.selection, config.similarity, ranks)
     return ranks.on_main(rest)
 
@@ -108,20 +110,6 @@ def _several_ranks() -> Ranks | None:
     from grads_dist.runtime.ranks import Ranks
 
     return Ranks.start(detect())
-
-
-def _agreed(fn: Callable[[], T], ranks: Ranks | None) -> T:
-    """What `fn` returns on this rank; what it raises on one, all raise. Collective."""
-    if ranks is None:
-        return fn()
-    result: list[T] = []
-    failure: GradsDistError | None = None
-    try:
-        result.append(fn())
-    except GradsDistError as error:
-        failure = error
-    ranks.agree(failure)
-    return result[0]
 
 
 def _check_corpus(rundir: RunDir, corpus: Corpus) -> None:

@@ -109,10 +109,16 @@ def test_mmr_in_rounds_is_sequential_greedy(n, k, seed, grouped, num_parts):
     picked, expected = sequential(allowed, value_of)
     values = mmr_values(terms, weights, graph, allowed, part)
     assert_same_order(values, allowed, picked, expected)
-    # Stopping as soon as the budget is certain changes nothing of what is picked.
-    tokens = rng.integers(1, 9, n) if rng.random() < 0.5 else None
-    quotas = quotas_of(part, int(rng.integers(1, n + 1)), tokens)
-    early = mmr_values(terms, weights, graph, allowed, part, eager(quotas))
+    assert_early_stop_picks_the_same(
+        rng, values, allowed, part, lambda enough: mmr_values(terms, weights, graph, allowed, part, enough)
+    )
+
+
+def assert_early_stop_picks_the_same(rng, values, allowed, part, values_until):
+    """Stopping as soon as the budget is certain changes nothing of what is picked."""
+    tokens = rng.integers(1, 9, len(part)) if rng.random() < 0.5 else None
+    quotas = quotas_of(part, int(rng.integers(1, len(part) + 1)), tokens)
+    early = values_until(eager(quotas))
     np.testing.assert_array_equal(take_parts(early, allowed, quotas), take_parts(values, allowed, quotas))
 
 
@@ -141,10 +147,13 @@ def test_facility_location_in_rounds_is_sequential_greedy(n, k, seed, grouped, n
     picked, expected = sequential(allowed, gain)
     values = facility_values(gradient, weights, graph, allowed, part)
     assert_same_order(values, allowed, picked, expected)
-    tokens = rng.integers(1, 9, n) if rng.random() < 0.5 else None
-    quotas = quotas_of(part, int(rng.integers(1, n + 1)), tokens)
-    early = facility_values(gradient, weights, graph, allowed, part, eager(quotas))
-    np.testing.assert_array_equal(take_parts(early, allowed, quotas), take_parts(values, allowed, quotas))
+    assert_early_stop_picks_the_same(
+        rng,
+        values,
+        allowed,
+        part,
+        lambda enough: facility_values(gradient, weights, graph, allowed, part, enough),
+    )
 
 
 def test_blocks_of_links_change_nothing(monkeypatch):

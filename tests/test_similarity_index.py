@@ -12,7 +12,7 @@ from grads_dist.similarity import approximate, build, faiss_index, memory, share
 from grads_dist.similarity.backend import Backend
 from grads_dist.similarity.config import SimilarityConfig
 from grads_dist.similarity.knn import knn
-from grads_dist.similarity.plan import MAX_SECONDS, RATE, plan_index
+from grads_dist.similarity.plan import MAX_SECONDS, RATE, Plan, plan_index
 from grads_dist.similarity.points import unit_rows
 
 needs_faiss = pytest.mark.skipif(not faiss_index.is_installed(), reason="faiss is not installed")
@@ -202,3 +202,17 @@ def test_memory_is_shared_by_the_ranks_of_a_node(monkeypatch, tmp_path):
     assert memory.index_limit("cpu", 1) == 2 << 20
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.index_limit("cpu", 1) == 4 << 20
+
+
+def test_ranks_that_would_search_differently_are_refused():
+    class Ranks:
+        def gather(self, way):
+            return [way, way.replace("cpu", "cuda")]
+
+        def agree(self, error):
+            raise error
+
+    plan, backend = Plan("exact", "why"), Backend("faiss", "cpu", "why")
+    told = "rank 0 would search exact with faiss on cpu, rank 1 exact with faiss on cuda"
+    with pytest.raises(ConfigError, match=told):
+        build._check_alike(Ranks(), plan, backend)

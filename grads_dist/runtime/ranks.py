@@ -93,6 +93,12 @@ class Ranks:
             raise error
         return result  # type: ignore[return-value]  # None only where fn returned None
 
+    def on_all(self, fn: Callable[[], T]) -> T:
+        """Run `fn` on every rank; the GradsDistError of one is raised on all. Collective."""
+        result, error = _attempt(fn)
+        self.agree(error)
+        return result  # type: ignore[return-value]  # there was no error
+
     def agree(self, error: GradsDistError | None) -> None:
         """Raise the error of the lowest rank that has one, on every rank. Collective."""
         errors = self.gather(error)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from grads_dist.errors import GradsDistError
+from grads_dist.errors import ConfigError
 from grads_dist.similarity import approximate, faiss_index, keys, store
 from grads_dist.similarity.approximate import Setting
 from grads_dist.similarity.backend import Backend
@@ -83,6 +83,7 @@ def build(
     problem = make_problem(points, config.k)
     plan = plan_index(config, backend, len(problem.rows), points.dim)
     _log_start(problem, plan, backend)
+    _check_alike(ranks, plan, backend)
     place = _place(backend, ranks)
     limit = min(_gathered(ranks, index_limit(backend.device, _num_local(ranks))))
     searcher = Searcher(problem, plan, backend, place, limit)
@@ -129,15 +130,30 @@ def agreed(ranks: Ranks | None, work: Callable[[], T]) -> T:
     """The result of `work` on every rank; the error of one is raised on all."""
     if ranks is None:
         return work()
-    result, error = None, None
-    try:
-        result = work()
-    except GradsDistError as failure:
-        error = failure
-    # Ranks may be done at very different times; a barrier does not mind.
-    ranks.barrier()
-    ranks.agree(error)
-    return result  # type: ignore[return-value]  # there was no error
+
+    def patient() -> T:
+        try:
+            return work()
+        finally:
+            # Ranks may be done at very different times; a barrier does not mind.
+            ranks.barrier()
+
+    return ranks.on_all(patient)
+
+
+def _check_alike(ranks: Ranks | None, plan: Plan, backend: Backend) -> None:
+    """Ranks that searched in different ways would wait for each other for ever."""
+    if ranks is None:
+        return
+    ways = ranks.gather(f"{plan.index} with {backend.library} on {backend.device}")
+    differing = next((rank for rank, way in enumerate(ways) if way != ways[0]), None)
+    if differing is not None:
+        ranks.agree(
+            ConfigError(
+                f"similarity: rank 0 would search {ways[0]}, rank {differing} {ways[differing]}; "
+                "give similarity.index, library and device that all nodes have"
+            )
+        )
 
 
 def _gathered(ranks: Ranks | None, value: T) -> list[T]:
