@@ -9,14 +9,15 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING
 
 from grads_dist import commands
 from grads_dist.commands import Action
 from grads_dist.errors import ConfigError, GradsDistError, Interrupted
-from grads_dist.runtime import logs
+from grads_dist.runtime import launcher, logs, stopping
+from grads_dist.runtime.faults import explain_os_error
 from grads_dist.runtime.launcher import detect
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _only_asks(args):
             # Ends in SystemExit. Launcher variables may be left over in a shell, where no other rank comes.
             _answer(args)
+        if args[0] in commands.COMMANDS and commands.COMMANDS[args[0]].collective:
+            stopping.install()
         ranks = _start_ranks()
         action = _prepare(args, ranks)
         if ranks is None or commands.COMMANDS[args[0]].collective:
@@ -54,7 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             ranks.close()
         return 0
     except BaseException as error:
-        return _fail(error, ranks)
+        with stopping.deferred():
+            return _fail(error, ranks)
+    finally:
+        stopping.uninstall()
 
 
 def _answer(args: Sequence[str]) -> None:
@@ -72,9 +78,12 @@ def _start_ranks() -> Ranks | None:
     if placement.world_size == 1:
         return None
     logger.info("waiting for %d ranks at %s", placement.world_size, placement.master_addr)
+    launcher.quieten_torch()
     from grads_dist.runtime.ranks import Ranks
 
-    return Ranks.start(placement)
+    ranks = Ranks.start(placement)
+    ranks.report_failures(_print_error)
+    return ranks
 
 
 def _prepare(args: Sequence[str], ranks: Ranks | None) -> Action:
@@ -90,36 +99,48 @@ def _fail(error: BaseException, ranks: Ranks | None) -> int:
         # --help and --print_config end so.
         _say()
         return error.code if isinstance(error.code, int) else 1
-    code, report = _diagnose(error)
+    code, message, before = _diagnose(error)
     if ranks is None:
-        report()
+        _print_error(message, before)
+        logs.record_cause(0, code, message)
         return code
-    ranks.report_once(report)
+    if ranks.shared_error is not error:
+        # Ends the process at once: the others may wait for this rank in a collective.
+        ranks.fail_alone(error, message, before, code)
+    ranks.report_once(lambda: _report_shared(ranks.rank, code, message))
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    if ranks.shared_error is error:
-        ranks.close()
+    ranks.close()
     # At once: a launcher that sees one rank fail ends the others, which would hide the code of a rank that is
-    # still tearing down; and after an error of this rank alone the others may wait for it in a collective.
+    # still tearing down.
     os._exit(code)
 
 
-def _diagnose(error: BaseException) -> tuple[int, Callable[[], None]]:
-    """The exit code of `error`, and what tells the user.
+def _report_shared(rank: int, code: int, message: str) -> None:
+    _print_error(message)
+    logs.record_cause(rank, code, message)
+
+
+def _diagnose(error: BaseException) -> tuple[int, str, str]:
+    """The exit code of `error`, the line that tells the user, and what to print before it.
 
     An unexpected error's traceback goes to the log, or before the line where there is no log yet.
     """
     if isinstance(error, GradsDistError):
-        return error.exit_code, lambda: _print_error(str(error))
+        return error.exit_code, str(error), ""
     if isinstance(error, KeyboardInterrupt):
-        return Interrupted.exit_code, lambda: _print_error("interrupted")
+        return Interrupted.exit_code, "interrupted", ""
+    known = explain_os_error(error)
+    if known is not None:
+        logs.record_failure(error)
+        return 1, known, ""
     path = logs.log_path()
     if path is None:
         trace = "".join(traceback.format_exception(error))
-        return 1, lambda: _print_error(f"{type(error).__name__}: {error} (traceback above)", trace)
+        return 1, f"{type(error).__name__}: {error} (traceback above)", trace
     logs.record_failure(error)
-    return 1, lambda: _print_error(f"{type(error).__name__}: {error} (traceback in {path})")
+    return 1, f"{type(error).__name__}: {error} (traceback in {path})", ""
 
 
 def _say(text: str = "") -> None:

@@ -77,6 +77,24 @@ def choose_cpu_for_deepspeed() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+def job() -> str | None:
+    """The batch job that this process is part of, as `slurm job 77`, or None."""
+    for name, system in (("SLURM_JOB_ID", "slurm"), ("PBS_JOBID", "pbs"), ("LSB_JOBID", "lsf")):
+        if os.environ.get(name):
+            return f"{system} job {os.environ[name]}"
+    return None
+
+
+def agent_holds_store() -> bool:
+    """Whether the store of the rendezvous lives in torchrun's agent, and not in rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def quieten_torch() -> None:
+    """Keep torch's C++ part from writing a page for every broken connection; before torch is first imported."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
 def finish(placement: Placement) -> None:
     """Tell the launcher that this rank ends well; without it `mpiexec` stops the other ranks."""
     if placement.launcher == "mpi":

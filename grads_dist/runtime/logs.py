@@ -1,11 +1,18 @@
 """Logging: one file a rank in the run directory, the console for rank 0 and for the others' warnings."""
 
+import contextlib
+import datetime
+import json
 import logging
 import sys
 from pathlib import Path
 from types import TracebackType
 
+from grads_dist.runtime.rundir import atomic_write
+
 PACKAGE = "grads_dist"
+ERROR = "error.json"
+"""File in the folder of the logs: why a run ended before it was done."""
 
 
 def start_console(rank: int) -> None:
@@ -21,12 +28,15 @@ def start_console(rank: int) -> None:
     package.propagate = True
 
 
-def log_to_file(folder: Path, rank: int) -> Path:
-    """Also write every message, other libraries' too, to `folder`/rank-<rank>.log; returns that path."""
+def log_to_file(folder: Path, rank: int, append: bool = False) -> Path:
+    """Also write every message, other libraries' too, to `folder`/rank-<rank>.log; returns that path.
+
+    A run that goes on appends to the file of its start.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"rank-{rank:05d}.log"
     stop_file()
-    handler = _RankFile(path, mode="w", encoding="utf-8")
+    handler = _RankFile(path, mode="a" if append else "w", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     # On the root logger, so that a warning of torch or DeepSpeed is found beside ours.
     logging.getLogger().addHandler(handler)
@@ -45,6 +55,23 @@ def record_failure(error: BaseException) -> None:
         record = logging.LogRecord(PACKAGE, logging.ERROR, __file__, 0, "failed", None, _exc_info(error))
         handler.handle(record)
         handler.flush()
+
+
+def record_cause(rank: int, code: int, message: str) -> None:
+    """Write why the run ends beside this rank's log file, if there is one; for the rank that reports it.
+
+    Args:
+        rank: the rank at fault.
+        code: exit code.
+    """
+    path = log_path()
+    if path is None:
+        return
+    time = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    content = {"time": time, "rank": rank, "code": code, "message": message}
+    # A disk that is full, or gone, may be what ends the run.
+    with contextlib.suppress(OSError), atomic_write(path.parent / ERROR) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def stop_file() -> None:

@@ -1,21 +1,33 @@
 """The ranks of a run: their process group, and the few ways in which they agree."""
 
+import contextlib
 import datetime
+import re
+import socket
 import time
-from collections.abc import Callable
-from typing import TypeVar
+import traceback
+from collections.abc import Callable, Iterator
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from grads_dist.errors import ConfigError, GradsDistError
-from grads_dist.runtime import launcher
+from grads_dist.runtime import launcher, stopping, watch
+from grads_dist.runtime.activity import Activity
 from grads_dist.runtime.launcher import Placement
+from grads_dist.runtime.watch import Monitor
 
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 LONGEST_PAUSE = 0.5  # seconds
 REPORT_TIMEOUT = datetime.timedelta(seconds=10)
+
+# What gloo, NCCL and sockets say of a peer that has gone.
+_BROKEN = re.compile(
+    r"gloo|nccl|connection (was )?(closed|reset|refused)|timed? ?out|broken pipe", re.IGNORECASE
+)
+_COLLECTIVE_FILES = ("torch/distributed/", "deepspeed/comm/")
 
 _started: "Ranks | None" = None
 
@@ -39,6 +51,10 @@ class Ranks:
             dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if store is not None else None
         )
         self._num_main_calls = self._num_barriers = 0
+        self._activity = Activity()
+        self._monitor: Monitor | None = None
+        if store is not None:
+            self._monitor = _start_monitor(placement, self._activity)
         # The error that all ranks raised together, if any: after it they may still meet, after others not.
         self.shared_error: GradsDistError | None = None
 
@@ -46,7 +62,7 @@ class Ranks:
     def start(placement: Placement) -> "Ranks":
         """Start the process group (nccl on CUDA, else gloo; none for one rank), or return the started one.
 
-        Raises ConfigError when the node has fewer GPUs than ranks.
+        Raises ConfigError when the node has fewer GPUs than ranks, GradsDistError when the ranks cannot meet.
         """
         global _started
         if _started is None:
@@ -78,7 +94,7 @@ class Ranks:
         """Run `fn` on rank 0; its result is returned, its GradsDistError raised, on every rank. Collective.
 
         `fn` may take longer than any collective's timeout. The result must be picklable.
-        Any other exception leaves rank 0 at once, and the launcher ends the others.
+        Any other exception leaves rank 0 at once, and the monitors end the others.
         """
         if self.world_size == 1:
             return fn()
@@ -138,13 +154,77 @@ class Ranks:
         global _started
         if _started is not self:
             return
-        if self._control is not None:
+        if self._control is not None and self._monitor is not None:
+            # A rank that no longer says that it lives would look dead to one that still works.
+            self.barrier()
+            self._monitor.stop()
             # Not by the store: rank 0 may hold it, and must not leave while another is still looking.
             dist.barrier(group=self._control)
         if dist.is_initialized():
             dist.destroy_process_group()
         launcher.finish(self.placement)
         _started = None
+
+    @contextlib.contextmanager
+    def working(self, label: str) -> Iterator[None]:
+        """A pass over the corpus, which `label` names: signals are deferred, and a rank that hangs is noticed."""
+        with stopping.deferred(), self._activity.working(label):
+            yield
+
+    def beat(self, doing: str, kind: str = "") -> None:
+        """Say what this rank does from now on, such as `rows 12-19`; for the start of every micro-batch. No I/O.
+
+        Until the next beat the rank may take five times as long as between earlier beats of the same kind, but
+        at least 40 s, and 30 minutes for the first of a kind in a pass. An optimizer step that comes once in many
+        micro-batches should be of a kind of its own.
+        """
+        self._activity.beat(doing, kind)
+
+    @contextlib.contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """Inside `working`: something that may take long, such as writing a checkpoint."""
+        with self._activity.aside("paused"):
+            yield
+
+    def stop_requested(self) -> str | None:
+        """Name of the signal that asked this or, some seconds ago, another rank to stop. Local, no I/O."""
+        return stopping.requested()
+
+    def any_of(self, *flags: bool) -> tuple[bool, ...]:
+        """For each flag, whether it is set on any rank. Collective, on the device, for use in every step."""
+        if self.world_size == 1:
+            return flags
+        found = torch.tensor(flags, dtype=torch.int32, device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return tuple(bool(flag) for flag in found.tolist())
+
+    def meet(self) -> None:
+        """Wait for all ranks; then raise Interrupted on all if any was asked to stop. Ends every pass. Collective.
+
+        A launcher ends the others when the first rank leaves, so they must have come to an end of their own.
+        """
+        with stopping.deferred(), self._activity.aside("meeting"):
+            self.barrier()
+            name = self.stop_requested()
+            self.agree(stopping.interrupted(name) if name is not None else None)
+
+    def report_failures(self, tell: Callable[[str, str], None]) -> None:
+        """Let `tell(line, before)` report why another rank, or this one, ended the run."""
+        if self._monitor is not None:
+            self._monitor.tell = tell
+
+    def fail_alone(self, error: BaseException, message: str, before: str, code: int) -> NoReturn:
+        """End this rank and the run because of an error that the others do not know of. For several ranks.
+
+        Args:
+            message: one line about the error.
+            before: what is printed before it, such as a traceback.
+        """
+        assert self._monitor is not None
+        if is_broken_collective(error):
+            # Not the cause: another rank has gone.
+            self._monitor.await_verdict()
+        self._monitor.fail(message, before, code)
 
     def _follow_main(self) -> None:
         """Let rank 0 announce that its turn is over: waiting in a collective would time out."""
@@ -182,6 +262,25 @@ def pick_device(local_rank: int, num_gpus: int) -> str:
     return f"cuda:{local_rank}"
 
 
+def is_broken_collective(error: BaseException) -> bool:
+    """Whether `error` comes from a collective whose other end has gone, so that another rank is the cause."""
+    if isinstance(error, dist.DistError):
+        return True
+    if not isinstance(error, RuntimeError) or _BROKEN.search(str(error)) is None:
+        return False
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    return any(part in file for file in files for part in _COLLECTIVE_FILES)
+
+
+def _start_monitor(placement: Placement, activity: Activity) -> Monitor:
+    agent = launcher.agent_holds_store()
+    keeper = "the agent of torchrun" if agent else "rank 0"
+    holds_store = placement.rank == 0 and not agent
+    monitor = Monitor(placement, activity, watch.connect(placement), holds_store, keeper)
+    monitor.start()
+    return monitor
+
+
 def _own_device(placement: Placement) -> torch.device:
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device = torch.device(pick_device(placement.local_rank, num_gpus))
@@ -193,10 +292,27 @@ def _own_device(placement: Placement) -> torch.device:
 
 
 def _rendezvous(placement: Placement) -> dist.Store:
-    store, _, _ = next(
-        dist.rendezvous("env://", placement.rank, placement.world_size, timeout=COLLECTIVE_TIMEOUT)
-    )
+    try:
+        store, _, _ = next(
+            dist.rendezvous("env://", placement.rank, placement.world_size, timeout=COLLECTIVE_TIMEOUT)
+        )
+    except dist.DistError as error:
+        raise GradsDistError(_explain_rendezvous(placement, str(error))) from error
     return dist.PrefixStore("grads_dist", store)
+
+
+def _explain_rendezvous(placement: Placement, message: str) -> str:
+    where = f"MASTER_ADDR:MASTER_PORT: {placement.master_addr}:{placement.master_port}"
+    if "EADDRINUSE" in message:
+        return (
+            f"{where}, where rank 0 ({socket.gethostname()}) listens, is in use, mostly by another run on the node; "
+            "allowed: another port, set as MASTER_PORT or as the launcher's option"
+        )
+    first = " ".join(message.partition("\n")[0].split())
+    return (
+        f"{where}: rank {placement.rank} ({socket.gethostname()}) and the others did not meet there ({first}); "
+        "allowed: an address of rank 0's node that all nodes reach, and a port that no firewall closes"
+    )
 
 
 def _init_group(device: torch.device, store: dist.Store, rank: int, world_size: int) -> None:

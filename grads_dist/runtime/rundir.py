@@ -13,6 +13,9 @@ from grads_dist.errors import ConfigError
 MARKER = ".grads_dist"
 """File that says that a folder is a run directory, so that what it holds may be replaced on request."""
 
+LOCK = ".lock"
+"""File of the run that is writing a run directory (`lock.RunLock`), which alone may remove it."""
+
 # All that a run writes; nothing else is ever removed, and nothing in a folder without the marker.
 _RESULTS = ("manifest.json", "scores.parquet", "scores", "features", "similarity", "selection", "model")
 _WRITTEN = (*_RESULTS, "config.yaml", "environment.json", "rejected.jsonl", "logs")
@@ -92,6 +95,11 @@ class RunDir:
     def marker(self) -> Path:
         """Marks the folder as a run directory."""
         return self.root / MARKER
+
+    @property
+    def lock(self) -> Path:
+        """Says which run is writing here."""
+        return self.root / LOCK
 
     def check(self, overwrite: bool) -> None:
         """Raise the errors of `create` before any work is done; leaves the folder as it is.

@@ -1,0 +1,199 @@
+"""Runs of which one rank dies, hangs or fails alone. As a script, this file is a rank of such a run."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from grads_dist.errors import ConfigError
+from grads_dist.runtime.activity import FIRST_LIMIT, MIN_LIMIT, Activity
+from grads_dist.runtime.verdict import Beat, Failure, judge
+
+RANKS = 3
+CULPRIT = 1
+
+
+def _run(bare_ranks, folder, case, culprit=CULPRIT):
+    results = bare_ranks(RANKS, [sys.executable, __file__, case, str(culprit), str(folder)])
+    errors = "".join(err for _, _, err in results)
+    lines = [line for line in errors.splitlines() if line.startswith("grads-dist: error:")]
+    return [code for code, _, _ in results], lines, errors
+
+
+@pytest.mark.parametrize("place", ["collective", "meet"])
+def test_a_rank_that_is_killed_ends_the_run_and_is_named(bare_ranks, tmp_path, place):
+    codes, lines, errors = _run(bare_ranks, tmp_path, f"killed {place}")
+    assert codes == [1, -signal.SIGKILL, 1], errors
+    assert len(lines) == 1, errors
+    assert re.match(r"grads-dist: error: rank 1 \(host .+\), rows 8-11: gone: no sign of life", lines[0])
+    assert "Connection closed" not in lines[0]
+
+
+def test_the_rank_that_holds_the_store_is_killed(bare_ranks, tmp_path):
+    codes, lines, errors = _run(bare_ranks, tmp_path, "killed collective", culprit=0)
+    assert codes == [-signal.SIGKILL, 1, 1], errors
+    assert len(lines) == 1, errors
+    assert re.search(r"lost the connection to rank 0 \(.+\): it, or its node, is gone$", lines[0])
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_rank_that_is_stopped_ends_the_run(bare_ranks, tmp_path, culprit):
+    codes, lines, errors = _run(bare_ranks, tmp_path, "stopped collective", culprit)
+    assert codes == [-signal.SIGKILL if rank == culprit else 1 for rank in range(RANKS)], errors
+    assert len(lines) == 1 and f"rank {culprit} (" in lines[0], errors
+
+
+@pytest.mark.parametrize("place", ["collective", "meet"])
+def test_a_rank_that_hangs_is_named_with_its_rows_and_its_place(bare_ranks, tmp_path, place):
+    codes, lines, errors = _run(bare_ranks, tmp_path, f"hangs {place}")
+    assert codes == [1, 1, 1], errors
+    assert len(lines) == 1, errors
+    line = next(
+        number for number, text in enumerate(Path(__file__).read_text().splitlines(), 1) if text.endswith("# hangs here")
+    )
+    found = rf"rank 1 \(host .+\), rows 8-11: hung: no progress for \d+ s, at tests/test_watch.py:{line}$"
+    assert re.search(found, lines[0]), errors
+
+
+@pytest.mark.parametrize(
+    ("case", "code", "message"),
+    [
+        ("raises collective", 1, "RuntimeError: only here"),
+        ("raises meet", 1, "RuntimeError: only here"),
+        ("refuses collective", 2, "model: this rank has another one"),
+    ],
+)
+def test_an_error_of_one_rank_ends_all_with_its_code(bare_ranks, tmp_path, case, code, message):
+    codes, lines, errors = _run(bare_ranks, tmp_path, case)
+    assert codes == [code] * RANKS, errors
+    assert len(lines) == 1, errors
+    assert re.match(rf"grads-dist: error: rank 1 \(host .+\), rows 8-11: {message}", lines[0])
+
+
+def test_a_run_that_ends_well_says_nothing(bare_ranks, tmp_path):
+    """Though a rank is aside for longer than a hang takes, and ranks come to the end at different times."""
+    codes, lines, errors = _run(bare_ranks, tmp_path, "late meet")
+    assert (codes, lines) == ([0] * RANKS, []), errors
+
+
+def _beat(rank, **changes):
+    own = {"rank": rank, "host": f"n{rank}", "number": 7, "state": "working", "doing": f"rows {rank}",
+           "progress": 5, "stalled": 50.0, "limit": 40.0, "waiting": True, "where": "a.py:1"}  # fmt: skip
+    return Beat(**own | changes)
+
+
+def _at_fault(*beats):
+    found = judge(beats)
+    return None if found is None else found.rank
+
+
+def test_the_rank_that_waits_for_nobody_is_at_fault():
+    assert _at_fault(_beat(0), _beat(1, waiting=False), _beat(2)) == 1
+    assert "rows 1" in judge([_beat(0), _beat(1, waiting=False)]).line()
+
+
+def test_of_several_the_rank_that_has_done_least_is_at_fault():
+    # On GPUs the main threads wait where no collective is seen.
+    busy = [_beat(0, waiting=False), _beat(1, waiting=False, progress=4), _beat(2, waiting=False)]
+    assert _at_fault(*busy) == 1
+
+
+def test_a_rank_that_may_still_get_on_is_waited_for():
+    assert _at_fault(_beat(0), _beat(1, waiting=False, limit=60.0)) is None
+    assert _at_fault(_beat(0), _beat(1, state="paused", waiting=False)) is None
+    assert _at_fault(_beat(0), _beat(1, state="elsewhere", waiting=False)) is None
+
+
+def test_ranks_that_all_wait_are_hung():
+    assert _at_fault(_beat(0), _beat(1, progress=4), _beat(2)) == 1
+    assert _at_fault(_beat(0), _beat(1, stalled=3.0)) is None
+
+
+def test_beats_and_failures_are_text_and_lines():
+    assert Beat.load(_beat(3).dump()) == _beat(3)
+    assert Failure(3, "n2", "rows 1-2", "bad", 1).line() == "rank 3 (host n2), rows 1-2: bad"
+    assert Failure(3, "n2", "", "bad", 1).line() == "rank 3 (host n2): bad"
+    assert Failure(3, "n2", "rows 1-2", "interrupted", 4, named=False).line() == "interrupted"
+
+
+def test_the_limit_follows_the_longest_pause_of_a_kind(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    activity = Activity()
+
+    def at(seconds, kind):
+        nonlocal now
+        now = seconds
+        activity.beat("rows", kind)
+        return activity.limit()
+
+    with activity.working("pass"):
+        assert activity.limit() == FIRST_LIMIT
+        assert at(0, "batch") == FIRST_LIMIT
+        assert at(20, "batch") == 100
+        assert at(21, "update") == FIRST_LIMIT
+        assert at(51, "batch") == 100
+        assert at(52, "update") == 150
+        for second in range(53, 53 + 100):
+            limit = at(second, "batch")
+        assert limit == MIN_LIMIT
+
+
+def _case(what, place, alone):
+    import torch
+    import torch.distributed as dist
+
+    from grads_dist.runtime.launcher import detect
+    from grads_dist.runtime.ranks import Ranks
+
+    ranks = Ranks.start(detect())
+    with ranks.working("the pass"):
+        for step in range(4):
+            ranks.beat(f"rows {4 * step}-{4 * step + 3}")
+            if step == 2 and ranks.rank == alone:
+                _misbehave(what, ranks)
+            if place == "collective":
+                dist.all_reduce(torch.ones(2))
+    ranks.meet()
+
+
+def _misbehave(what, ranks):
+    if what == "killed":
+        time.sleep(1)  # The others have seen what it does.
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif what == "stopped":
+        # What is stopped cannot end by itself.
+        command = f"sleep 14; kill -KILL {os.getpid()}"
+        quiet = subprocess.DEVNULL
+        subprocess.Popen(["sh", "-c", command], stdin=quiet, stdout=quiet, stderr=quiet)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif what == "hangs":
+        time.sleep(1000)  # hangs here
+    elif what == "raises":
+        raise RuntimeError("only here")
+    elif what == "refuses":
+        raise ConfigError("model: this rank has another one")
+    elif what == "late":
+        with ranks.unwatched():
+            time.sleep(6)
+
+
+def _main(case, alone, folder):
+    from grads_dist import cli, commands
+    from grads_dist.runtime import activity, watch
+
+    watch.INTERVAL, watch.PATIENCE, watch.PATIENCE_BROKEN, watch.ANSWER_WITHIN = 0.3, 4.0, 2.0, 4.0
+    activity.MIN_LIMIT = 3.0
+    what, place = case.split()
+    action = commands.Command("test", lambda args: lambda: _case(what, place, int(alone)), True)
+    commands.COMMANDS["run"] = action
+    return cli.main(["run"])
+
+
+if __name__ == "__main__":
+    sys.exit(_main(*sys.argv[1:]))
