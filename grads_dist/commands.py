@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from grads_dist.config import Config, TableConfig
 from grads_dist.errors import ConfigError
+from grads_dist.identity import Share
 from grads_dist.parsing import build, make_parser, parse, take_flags, values_of
 from grads_dist.runtime.launcher import detect
 
@@ -54,14 +55,55 @@ def _prepare_run(args: Sequence[str]) -> Action:
 
 
 def _prepare_probe(args: Sequence[str]) -> Action:
-    flags, args = take_flags(_flags("--overwrite"), args)
+    flags, args = take_flags(_flags("--overwrite", "--shard"), args)
     config = _configure("probe", args, Config)
     _require_model(config)
+    share = None if flags.shard is None else _share(flags.shard)
+    if share is not None and config.probe.mode != "frozen":
+        raise ConfigError("shard: only probe.mode frozen can probe a share; set it, or leave --shard out")
 
     def action() -> str | None:
         from grads_dist import pipeline
 
-        return pipeline.probe(config, flags.overwrite)
+        return pipeline.probe(config, flags.overwrite, share)
+
+    return action
+
+
+def _share(text: str) -> Share:
+    number, _, count = text.partition("/")
+    if number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count):
+        return Share(int(number), int(count))
+    raise ConfigError(f"shard: {text!r} is not allowed; allowed: i/n with i from 1 to n, such as 3/8")
+
+
+def _prepare_merge(args: Sequence[str]) -> Action:
+    flags, runs = take_flags(_flags("--output_dir", "--overwrite"), args)
+    unknown = next((arg for arg in runs if arg.startswith("-")), None)
+    if unknown is not None:
+        raise ConfigError(f"arguments: {unknown!r} is not allowed; allowed: --output_dir, --overwrite")
+    if len(runs) < 2:
+        raise ConfigError(
+            "arguments: name the run directories to merge, one for each share, and --output_dir"
+        )
+    folder = flags.output_dir if values_of("--output_dir", args) else "run"
+
+    def action() -> str | None:
+        from grads_dist import merging
+
+        return merging.merge(runs, folder, flags.overwrite)
+
+    return action
+
+
+def _prepare_status(args: Sequence[str]) -> Action:
+    if len(args) != 1 or args[0].startswith("-"):
+        raise ConfigError("arguments: name one run directory, such as: grads-dist status run")
+
+    def action() -> str | None:
+        from grads_dist import status
+
+        return status.describe(args[0])
 
     return action
 
@@ -166,13 +208,16 @@ COMMANDS = {
         "read per-sample gradient statistics of every row into the score table", _prepare_probe, True
     ),
     "select": Command("select a subset of a probed corpus; needs no GPU and no model", _prepare_select, True),
+    "merge": Command("join runs that probed shares of one corpus", _prepare_merge, False),
+    "status": Command("tell how far a run is, whether it runs or not", _prepare_status, False),
     "inspect": Command("show how rows are formatted and which tokens carry loss", _prepare_inspect, False),
     "demo": Command("the whole job on a corpus and a model that need no download", _prepare_demo, False),
 }
 
 # What is no field of the configuration: how to go about it, not what comes out.
 _FLAGS: dict[str, dict[str, Any]] = {
-    "--overwrite": {"action": "store_true", "help": "replace an earlier run in the output directory"},
+    "--overwrite": {"action": "store_true", "help": "start anew, and remove an earlier run in output_dir"},
+    "--shard": {"help": "probe one of several equal shares of the corpus alone, i/n, to be merged later"},
     "--count": {"type": int, "default": 3, "help": "rows to show"},
     "--output_dir": {"default": "runs/demo", "help": "the run directory"},
     "--table": {"help": "select from this Parquet table, which no probe wrote, into the output directory"},
@@ -185,7 +230,7 @@ _FLAGS: dict[str, dict[str, Any]] = {
 }
 _FLAGS_OF = {
     "run": ("--overwrite",),
-    "probe": ("--overwrite",),
+    "probe": ("--overwrite", "--shard"),
     "select": ("--table", "--features", "--compare"),
     "inspect": ("--count",),
 }

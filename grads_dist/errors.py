@@ -23,3 +23,9 @@ class Interrupted(GradsDistError):  # noqa: N818  -- a state asked for, not a fa
     """The run was stopped on request and can be resumed."""
 
     exit_code = 4
+
+
+class OutOfMemory(GradsDistError):  # noqa: N818  -- named as torch and Python name it
+    """A batch did not fit into memory; the same command goes on with smaller ones."""
+
+    exit_code = Interrupted.exit_code

@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grads_dist.config import Config
+from grads_dist.identity import SCHEMA
 
 if TYPE_CHECKING:
     from grads_dist.data.store import TokenStore
-
-SCHEMA = 1
-"""Version of the run directory's layout."""
 
 PACKAGES = (
     "grads-dist",

@@ -60,7 +60,7 @@ def write_scores(rundir: RunDir, store: Any, shards: list[list[int]]) -> None:
 
 def test_merged_table_is_sorted_by_index_and_holds_what_was_added(rundir, store):
     write_scores(rundir, store, [[4, 0], [3], [1, 2]])
-    assert merge_scores(rundir, INDEX) == 5
+    assert merge_scores(rundir, INDEX).num_rows == 5
     table = pq.read_table(rundir.scores)
     assert table["index"].to_pylist() == INDEX.tolist()
     assert table["id"].to_pylist() == ["row0", "row2", "row3", "row7", "row9"]
@@ -140,12 +140,13 @@ def test_rows_with_a_nonfinite_gradient_are_marked(rundir, store, bad):
     g = gradients([0, 1])
     g[1, 2] = bad
     head = HeadResult(losses=torch.ones(2), el2n=torch.ones(2))
-    signal = writer.add(micro_batch([0, 1]), head, {"head": ops.dense_row_stats(g)}, step=0)
+    seen = writer.add(micro_batch([0, 1]), head, {"head": ops.dense_row_stats(g)}, step=0)
     writer.flush("000000")
     table = pq.read_table(rundir.scores_dir / "shard-000000.parquet")
     assert table["status"].to_pylist() == ["ok", "nonfinite"]
     assert table["head.nonfinite"].to_pylist() == [0, 1]
-    assert np.isfinite(signal).tolist() == [True, False]
+    assert np.isfinite(seen.log_norm).tolist() == [True, False]
+    assert seen.loss.tolist() == [1, 1]
 
 
 def test_a_row_with_a_nonfinite_loss_is_marked(rundir, store):

@@ -152,7 +152,7 @@ INDEX = np.array([1, 4])
 def test_merged_by_row_and_checkpoint(tmp_path, rows_at_a_time):
     rundir = RunDir(tmp_path)
     write_shards(rundir, [[(4, 1), (1, 0)], [(1, 1), (4, 0)]])
-    assert merge_scores(rundir, INDEX, rows_at_a_time, num_checkpoints=2) == 4
+    assert merge_scores(rundir, INDEX, rows_at_a_time, num_checkpoints=2).num_rows == 4
     table = pq.read_table(rundir.scores)
     keys = list(zip(table["index"].to_pylist(), table["checkpoint"].to_pylist(), strict=True))
     assert keys == [(1, 0), (1, 1), (4, 0), (4, 1)]

@@ -34,25 +34,30 @@ _CHUNKS_PER_WORKER = 4
 
 
 def tokenize(
-    config: DataConfig, corpus: Corpus, tokenizer_source: TokenizerSource, vocab_size: int | None = None
+    config: DataConfig,
+    corpus: Corpus,
+    tokenizer_source: TokenizerSource,
+    vocab_size: int | None = None,
+    rows: range | None = None,
 ) -> TokenStore:
     """Tokenize the corpus into the cache, or find it there; for one rank, the others open the store's path.
 
-    vocab_size: the model's; rows with a token id beyond it are rejected. The store does not depend on the
-    number of processes. Raises ConfigError for a tokenizer, template or cache that cannot be used, DataError
+    vocab_size: the model's; rows with a token id beyond it are rejected. rows: which rows of the corpus the
+    store is of, all by default. The store does not depend on the number of processes. Raises ConfigError for a tokenizer, template or cache that cannot be used, DataError
     when the columns fit no format or no row can be used.
     """
     encoding = Encoding(config, tuple(resolve_formats(config, corpus)), tokenizer_source, vocab_size)
     encoder = RowEncoder(encoding)
-    folder = config.cache_folder() / "tokens" / _key(encoding, encoder, corpus)
+    rows = range(corpus.num_rows) if rows is None else rows
+    folder = config.cache_folder() / "tokens" / _key(encoding, encoder, corpus, rows)
     logger.info("rows are %s, loss on %s", encoding.kinds, encoder.mask)
     if (folder / META).exists():
         logger.info("tokens found in the cache: %s", folder)
     else:
         with publish(folder) as temporary:
-            chunks = _plan(config.num_workers, corpus.num_rows)
+            chunks = _plan(config.num_workers, rows)
             counts = _run(encoding, encoder, corpus, chunks, temporary)
-            _check_any(counts, corpus.num_rows)
+            _check_any(counts, len(rows))
             join_chunks([temporary / name for name, _, _ in chunks], temporary)
             meta = _meta(encoding, encoder, corpus, counts)
             (temporary / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
@@ -65,11 +70,12 @@ Chunk = tuple[str, int, int]
 """Name, first row, end."""
 
 
-def _plan(num_workers: int | None, num_rows: int) -> list[Chunk]:
+def _plan(num_workers: int | None, rows: range) -> list[Chunk]:
     """Contiguous chunks: one if a single process does them, a few a process otherwise."""
+    num_rows = len(rows)
     num_workers = _num_workers(num_workers, num_rows)
     count = 1 if num_workers == 1 else min(num_rows, num_workers * _CHUNKS_PER_WORKER)
-    edges = [num_rows * k // count for k in range(count + 1)]
+    edges = [rows.start + num_rows * k // count for k in range(count + 1)]
     return [(f"chunk-{k:05d}", edges[k], edges[k + 1]) for k in range(count)]
 
 
@@ -87,8 +93,9 @@ def _run(
     if len(chunks) == 1:
         total.add(_encode_chunk(encoding, encoder, corpus, chunks[0], folder))
         return total
-    num_workers = _num_workers(encoding.config.num_workers, corpus.num_rows)
-    logger.info("tokenizing %d rows in %d processes", corpus.num_rows, num_workers)
+    num_rows = chunks[-1][2] - chunks[0][1]
+    num_workers = _num_workers(encoding.config.num_workers, num_rows)
+    logger.info("tokenizing %d rows in %d processes", num_rows, num_workers)
     for counts in _in_processes((encoding, corpus.sources), chunks, folder, num_workers):
         total.add(counts)
     return total
@@ -149,13 +156,13 @@ def _encode_chunk(
     return writer.counts
 
 
-def _key(encoding: Encoding, encoder: RowEncoder, corpus: Corpus) -> str:
+def _key(encoding: Encoding, encoder: RowEncoder, corpus: Corpus, rows: range) -> str:
     """sha256 of everything that decides the store's content."""
     config = encoding.config
     facts = {
         "schema": SCHEMA,
         "corpus": corpus.fingerprint,
-        "rows": corpus.num_rows,
+        "rows": [rows.start, rows.stop],
         "formats": encoding.formats,
         "columns": config.columns,
         "roles": config.roles,

@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from grads_dist import provenance
+from grads_dist.identity import SCHEMA
 from grads_dist.errors import ConfigError, DataError, GradsDistError
 from grads_dist.library.corpus_link import link_corpus
 from grads_dist.library.epoch_table import EpochTable, finish_table
@@ -112,7 +113,7 @@ class ScoreTableCallback(TrainerCallback):
         found = gather_object([(table.rejected, table.num_nonfinite)])
         rejected = set().union(*(part for part, _ in found))
         manifest = {
-            "schema": provenance.SCHEMA,
+            "schema": SCHEMA,
             "corpus": self._fingerprint,
             "targets": {name: {"numel": numel} for name, numel in recording.targets.numel.items()},
             "features": {},

@@ -139,7 +139,7 @@ def finish_table(
     """
     _drop_repeated(sorted(rundir.scores_dir.glob("shard-*.parquet")))
     expected = np.setdiff1d(np.arange(num_rows), np.array(sorted(rejected), dtype=np.int64))
-    found = merge_scores(rundir, expected)
+    found = merge_scores(rundir, expected).num_rows
     lines = [json.dumps({"index": index, "reason": NO_LABELS}) + "\n" for index in sorted(rejected)]
     _write(rundir.rejected, "".join(lines))
     _write(rundir.environment, json.dumps(environment, indent=2) + "\n")

@@ -76,3 +76,19 @@ def dummy_batch(device: torch.device) -> Batch:
         weights=torch.zeros(1, dtype=torch.float64, device=device),
         layout=BatchLayout((2,), 2),
     )
+
+
+def rehearsal_batch(num_rows: int, num_tokens: int, vocab_size: int, device: torch.device) -> Batch:
+    """Rows of made-up tokens, all of which carry loss and few of which repeat, of no weight in the total."""
+    ids = torch.arange(num_rows * num_tokens, device=device).reshape(num_rows, num_tokens) % vocab_size
+    loss_mask = torch.ones_like(ids, dtype=torch.bool)
+    loss_mask[:, 0] = False
+    return Batch(
+        rows=torch.empty(0, dtype=torch.int64),
+        input_ids=ids,
+        position_ids=torch.arange(num_tokens, device=device).expand(num_rows, -1).contiguous(),
+        token_mask=torch.ones_like(loss_mask),
+        loss_mask=loss_mask,
+        weights=torch.zeros(num_rows, dtype=torch.float64, device=device),
+        layout=BatchLayout((num_tokens,) * num_rows, num_tokens),
+    )

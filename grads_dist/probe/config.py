@@ -84,6 +84,9 @@ class ProbeConfig:
     shard_rows: int = 2048
     """Rows in one shard of the score table, roughly."""
 
+    checkpoint_steps: int | None = None
+    """Mode train: optimizer steps between two checkpoints; unset: as many as take five minutes."""
+
     seed: int = 0
     """Seed of the epoch's order and of the projections."""
 
@@ -93,6 +96,10 @@ class ProbeConfig:
                 raise ConfigError(
                     f"probe.{name}: {getattr(self, name)} is not allowed; it must be at least 1"
                 )
+        if self.checkpoint_steps is not None and self.checkpoint_steps < 1:
+            raise ConfigError(
+                f"probe.checkpoint_steps: {self.checkpoint_steps} is not allowed; it must be at least 1"
+            )
         if self.warmup is not None and not 0 < self.warmup < 1:
             raise ConfigError(f"probe.warmup: {self.warmup} is not allowed; it must lie between 0 and 1")
         if self.warmup is not None and self.mode == "frozen":

@@ -8,9 +8,12 @@ in frozen mode it is a unit of work whose rows become one shard.
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 import numpy as np
+
+from grads_dist.table.spans import Span, gaps
 
 WINDOW_SHARDS = 16
 """Frozen mode sorts rows by length within windows of this many shards: little padding, and shards in rough
@@ -22,12 +25,13 @@ class Plan:
     """Rows in processing order and where micro-batches and groups begin.
 
     `order` int64 [N]; `batch_offsets` int64 [M + 1] into `order`; `group_offsets` int64 [K + 1] into the
-    micro-batches.
+    micro-batches; `spans` int64 [K, 3], of a frozen plan: which rows of which unit a group is, as in `Span`.
     """
 
     order: np.ndarray
     batch_offsets: np.ndarray
     group_offsets: np.ndarray
+    spans: np.ndarray | None = None
 
     @property
     def num_groups(self) -> int:
@@ -92,12 +96,30 @@ def train_plan(
     return _cut(order, num_tokens, boundaries, batch_tokens, even=True)
 
 
-def frozen_plan(num_tokens: np.ndarray, rows: np.ndarray, shard_rows: int, batch_tokens: int) -> Plan:
-    """Units of about `shard_rows` rows of similar length, out of `rows` (ascending)."""
+def frozen_plan(
+    num_tokens: np.ndarray,
+    rows: np.ndarray,
+    shard_rows: int,
+    batch_tokens: int,
+    done: Collection[Span] = (),
+) -> Plan:
+    """Units of `shard_rows` rows of similar length, out of `rows` (ascending), less what is done already.
+
+    Which rows a unit has, and their order in it, depends on neither `batch_tokens` nor `done`: a run may go on
+    from shards that were written with other batches.
+
+    Raises ValueError for spans in `done` that are of another plan.
+    """
     window = np.arange(len(rows)) // (shard_rows * WINDOW_SHARDS)
     order = rows[np.lexsort((rows, -num_tokens[rows], window))]
-    boundaries = np.append(np.arange(0, len(order), shard_rows), len(order))
-    return _cut(order, num_tokens, boundaries, batch_tokens, even=False)
+    spans = np.array(gaps(len(rows), shard_rows, done), np.int64).reshape(-1, 3)
+    unit, start, stop = spans.T
+    if done:
+        pieces = zip((unit * shard_rows + start).tolist(), (unit * shard_rows + stop).tolist(), strict=True)
+        order = np.concatenate([order[:0], *(order[low:high] for low, high in pieces)])
+    boundaries = np.append(0, np.cumsum(stop - start))
+    plan = _cut(order, num_tokens, boundaries, batch_tokens, even=False)
+    return replace(plan, spans=spans)
 
 
 def _cut(

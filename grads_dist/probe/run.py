@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,17 @@ import numpy as np
 from grads_dist.config import Config
 from grads_dist.data.store import TokenStore
 from grads_dist.probe.config import gradient_files
+from grads_dist.errors import GradsDistError
+from grads_dist.probe.checkpoints import Checkpoints
 from grads_dist.probe.features import content_projection
-from grads_dist.probe.passes import FROZEN_STEP, Work, feature_pass, frozen_pass, train_pass
+from grads_dist.probe.passes import train_pass
 from grads_dist.probe.plan import Plan, frozen_plan, train_plan
 from grads_dist.probe.save import save_model
 from grads_dist.probe.session import Session
+from grads_dist.probe.sweeps import FROZEN_STEP, feature_pass, frozen_pass
+from grads_dist.probe.work import Work
+from grads_dist.resume import WARM_PREFIX, Done, score_prefix, sweep_name
+from grads_dist.runtime.journal import Journal
 from grads_dist.runtime.ranks import Ranks
 from grads_dist.runtime.rundir import RunDir
 from grads_dist.table.shards import FeatureShards, ScoreShards
@@ -24,26 +30,39 @@ from grads_dist.table.shards import FeatureShards, ScoreShards
 log = logging.getLogger(__name__)
 
 
-def run_probe(
-    config: Config, ranks: Ranks, rundir: RunDir, store: TokenStore, target: TokenStore | None = None
-) -> dict:
-    """Probe all rows of the store, at the weights of every checkpoint; returns what the manifest says of it.
+@dataclass(frozen=True)
+class Task:
+    """What is to be probed and what of it is done."""
 
-    The rows of `target`, the target set, get features alone. Collective.
+    config: Config
+    rundir: RunDir
+    store: TokenStore
+    target: TokenStore | None
+    """The target set, whose rows get features alone."""
+    done: Done
+    journal: Journal
+
+    def at(self, checkpoint: int) -> Task:
+        """The same at the weights of one of several checkpoints."""
+        return replace(self, config=at_checkpoint(self.config, checkpoint))
+
+
+def run_probe(task: Task, ranks: Ranks) -> dict:
+    """Probe all rows of the store that are not done, at the weights of every checkpoint. Collective.
+
+    Returns what the manifest says of it. Raises Interrupted on all ranks when one was asked to stop: what is
+    complete then counts when the run is started again.
     """
-    checkpoints = config.probe.checkpoints
+    checkpoints = task.config.probe.checkpoints
     if not checkpoints:
-        return _probe_at(config, ranks, rundir, (store, target), 0)
+        return _probe_at(task, ranks, 0)
     found = []
     for number in range(len(checkpoints)):
         log.info("checkpoint %d of %d: %s", number + 1, len(checkpoints), checkpoints[number])
-        at = at_checkpoint(config, number)
-        found.append(_probe_at(at, ranks, rundir, (store, target), number))
+        found.append(_probe_at(task.at(number), ranks, number))
     features = {name: about for part in found for name, about in part["features"].items()}
-    nonfinite = sum(part["nonfinite_rows"] for part in found)
     commits = [part["model_commit"] for part in found]
-    whole = {"features": features, "nonfinite_rows": nonfinite, "model_commit": commits}
-    return {**found[0], **whole, "checkpoints": checkpoints}
+    return {**found[0], "features": features, "model_commit": commits, "checkpoints": checkpoints}
 
 
 def at_checkpoint(config: Config, number: int) -> Config:
@@ -56,38 +75,35 @@ def at_checkpoint(config: Config, number: int) -> Config:
     return replace(config, model=replace(model, name_or_path=name, revision=revision))
 
 
-def _probe_at(
-    config: Config,
-    ranks: Ranks,
-    rundir: RunDir,
-    stores: tuple[TokenStore, TokenStore | None],
-    checkpoint: int,
-) -> dict:
+def _probe_at(task: Task, ranks: Ranks, checkpoint: int) -> dict:
     """Probe at the weights of one model."""
-    probe, (store, target_store) = config.probe, stores
+    probe, store = task.config.probe, task.store
     steps_per_epoch = -(-store.num_rows // probe.global_batch)
-    session = Session(config, ranks, num_steps=steps_per_epoch * probe.epochs)
-    work = _work(session, config, rundir, store, checkpoint)
+    session = Session(task.config, ranks, num_steps=steps_per_epoch * probe.epochs)
+    work = _work(session, task, store, checkpoint)
     target = None
-    if target_store is not None:
-        target = _work(session, config, rundir, target_store, checkpoint, is_target=True)
+    if task.target is not None:
+        target = _work(session, task, task.target, checkpoint, is_target=True)
     if probe.mode == "frozen":
-        frozen_pass(work, _sweep(work), FROZEN_STEP, prefix=f"checkpoint{checkpoint}-" if checkpoint else "")
-        _probe_target(target)
+        frozen_pass(work, _sweep(work, task.done, "probe", checkpoint), FROZEN_STEP, score_prefix(checkpoint))
+        _probe_target(target, task.done, checkpoint)
         num_steps = 0
     else:
-        num_steps = _train(work, target)
-    if probe.save_model:
-        save_model(session, config, rundir.model)
-    # Ranks end at different times, and the collective below would time out.
+        num_steps = _train(task, work, target)
+    if probe.save_model and not task.rundir.model.exists():
+        with ranks.unwatched():
+            save_model(session, task.config, task.rundir.model)
+    # Ranks end at different times, and the collectives below would time out.
     ranks.barrier()
-    assert work.scores is not None
     manifest = {
         "targets": {name: {"numel": numel} for name, numel in session.targets.numel.items()},
         "features": _describe_features(work, num_steps, checkpoint),
-        "plan": {"optimizer_steps": num_steps, "rows": store.num_rows, "world_size": ranks.world_size},
-        "nonfinite_rows": sum(ranks.gather(work.scores.num_nonfinite)),
-        "lm_head": _describe_head(np.sum(ranks.gather(work.scores.head_counts), axis=0)),
+        "plan": {
+            "optimizer_steps": num_steps,
+            "skipped_steps": session.num_skipped,
+            "rows": store.num_rows,
+            "world_size": ranks.world_size,
+        },
         "model_commit": getattr(session.model.anatomy.model.config, "_commit_hash", None),
         "zero_stage": session.stage,
         "deepspeed": session.deepspeed if session.engine is not None else None,
@@ -97,29 +113,9 @@ def _probe_at(
     return manifest
 
 
-def _describe_head(counts: np.ndarray) -> dict[str, int]:
-    """How the statistics of the LM head came about where no weight gradient was summed on the way."""
-    certified, rows, whole = counts.tolist()
-    if certified:
-        log.info(
-            "LM head: %.0f rows of its gradient formed a sample on average, for %d samples; all rows for %d",
-            rows / certified,
-            certified,
-            whole,
-        )
-    return {"certified_samples": certified, "rows_formed": rows, "samples_formed_whole": whole}
-
-
-def _work(
-    session: Session,
-    config: Config,
-    rundir: RunDir,
-    store: TokenStore,
-    checkpoint: int,
-    is_target: bool = False,
-) -> Work:
+def _work(session: Session, task: Task, store: TokenStore, checkpoint: int, is_target: bool = False) -> Work:
     """Where the numbers of a store's rows go; content features are those of the first checkpoint."""
-    probe = config.probe
+    probe, rundir = task.config.probe, task.rundir
     features = sketches = scores = None
 
     def folder(name: str) -> Path:
@@ -134,7 +130,7 @@ def _work(
         sketches = FeatureShards(folder(name), store, None)
     if not is_target:
         scores = ScoreShards(rundir.scores_dir, store, session.targets, checkpoint)
-    return Work(session, store, probe, scores, features, sketches)
+    return Work(session, store, probe, scores, features, sketches, rundir.limits, task.journal)
 
 
 def _describe_features(work: Work, num_steps: int, checkpoint: int) -> dict[str, Any]:
@@ -156,52 +152,82 @@ def _describe_features(work: Work, num_steps: int, checkpoint: int) -> dict[str,
     return described
 
 
-def _sweep(work: Work, rows: np.ndarray | None = None) -> Plan:
-    """The frozen plan of some rows of a store, or all."""
+def _sweep(work: Work, done: Done, kind: str, checkpoint: int = 0, rows: np.ndarray | None = None) -> Plan:
+    """The frozen plan of some rows of a store, or all, less what is done of the sweep of this kind.
+
+    Raises GradsDistError where shards are there that are of another plan.
+    """
     rows = np.arange(work.store.num_rows) if rows is None else rows
-    return frozen_plan(work.store.num_tokens, rows, work.config.shard_rows, work.config.batch_tokens)
+    spans = done.of(sweep_name(kind, checkpoint))
+    config = work.config
+    try:
+        plan = frozen_plan(work.store.num_tokens, rows, config.shard_rows, config.batch_tokens, spans)
+    except ValueError as error:
+        raise GradsDistError(
+            f"the shards of the run are not of this plan ({error}); --overwrite starts anew"
+        ) from None
+    if spans:
+        log.info("%s: %d of %d rows are there already", kind, len(rows) - len(plan.order), len(rows))
+    return plan
 
 
-def _probe_target(target: Work | None) -> None:
+def _probe_target(target: Work | None, done: Done, checkpoint: int = 0) -> None:
     """Features of the target set at frozen weights."""
     if target is None:
         return
     if target.sketches is not None:
-        frozen_pass(target, _sweep(target), FROZEN_STEP)
+        frozen_pass(target, _sweep(target, done, "target", checkpoint), FROZEN_STEP)
     elif target.features is not None:
-        feature_pass(target, _sweep(target))
+        feature_pass(target, _sweep(target, done, "target", checkpoint))
 
 
-def _train(work: Work, target: Work | None) -> int:
+def _train(task: Task, work: Work, target: Work | None) -> int:
     """Content features first, with the initial weights; then the epochs. Returns the number of optimizer
     steps."""
-    config, store = work.config, work.store
-    if work.features is not None:
-        feature_pass(work, _sweep(work))
-        _probe_target(None if target is None else replace(target, sketches=None))
-        # Ranks end this pass at different times, and a collective of the training would time out.
-        work.session.ranks.barrier()
-    steps_made = 0
+    config, store, position = work.config, work.store, task.done.position
+    steps_per_epoch = -(-store.num_rows // config.global_batch)
+    if task.done.trained:
+        log.info("all rows were recorded by an earlier start")
+        return steps_per_epoch * config.epochs
+    checkpoints = Checkpoints(work.session, task.rundir.checkpoints, config.checkpoint_steps)
+    if position is not None:
+        checkpoints.load(position)
+    elif work.features is not None:
+        feature_pass(work, _sweep(work, task.done, "features"))
+        if target is not None:
+            feature_pass(target, _sweep(target, task.done, "target features"))
+    made = position.step if position is not None else 0
+    last = config.epochs - 1
     for epoch in range(config.epochs):
+        first = epoch * steps_per_epoch
+        if made >= first + steps_per_epoch and epoch < last:
+            continue
         plan = train_plan(store.num_tokens, config.global_batch, config.batch_tokens, config.seed, epoch)
-        if epoch < config.epochs - 1:
-            train_pass(work, plan, range(plan.num_groups), record=False, first_step=steps_made)
-            steps_made += plan.num_groups
-    if config.warmup is None:
-        train_pass(work, plan, range(plan.num_groups), record=True, first_step=steps_made)
-        return steps_made + plan.num_groups
-    num_steps = _warm_up_and_freeze(work, plan, steps_made)
-    _probe_target(None if target is None else replace(target, features=None))
-    return num_steps
+        steps = range(max(0, made - first), plan.num_groups)
+        if epoch < last:
+            train_pass(work, plan, steps, record=False, first_step=first, checkpoints=checkpoints)
+    if config.warmup is not None:
+        return _warm_up_and_freeze(task, work, target, plan, checkpoints)
+    train_pass(work, plan, steps, record=True, first_step=first, checkpoints=checkpoints)
+    if config.save_model and made < first + plan.num_groups:
+        _save(work, checkpoints, first + plan.num_groups)
+    return first + plan.num_groups
 
 
-def _warm_up_and_freeze(work: Work, plan: Plan, steps_made: int) -> int:
+def _warm_up_and_freeze(
+    task: Task, work: Work, target: Work | None, plan: Plan, checkpoints: Checkpoints
+) -> int:
     """Train on a share of the epoch, then probe the other rows, or all, at the weights reached."""
-    config, store = work.config, work.store
+    config, store, position = work.config, work.store, task.done.position
     assert config.warmup is not None
     warm = max(1, round(config.warmup * plan.num_groups))
     rest = config.warmup_probe == "rest"
-    train_pass(work, plan, range(warm), record=rest, first_step=steps_made)
+    first = (config.epochs - 1) * plan.num_groups
+    made = position.step if position is not None else 0
+    steps = range(max(0, made - first), warm)
+    train_pass(work, plan, steps, record=rest, first_step=first, checkpoints=checkpoints)
+    if made < first + warm:
+        _save(work, checkpoints, first + warm)
     work.session.freeze()
     trained = plan.order[: plan.batch_offsets[plan.group_offsets[warm]]]
     rows = np.arange(store.num_rows)
@@ -209,5 +235,12 @@ def _warm_up_and_freeze(work: Work, plan: Plan, steps_made: int) -> int:
         rows = np.setdiff1d(rows, trained)
     log.info("weights frozen after %d of %d steps; probing %d rows at them", warm, plan.num_groups, len(rows))
     unfeatured = replace(work, features=None)
-    frozen_pass(unfeatured, _sweep(work, rows), steps_made + warm, prefix="frozen")
-    return steps_made + warm
+    frozen_pass(unfeatured, _sweep(work, task.done, "probe", rows=rows), first + warm, prefix=WARM_PREFIX)
+    _probe_target(None if target is None else replace(target, features=None), task.done)
+    return first + warm
+
+
+def _save(work: Work, checkpoints: Checkpoints, step: int) -> None:
+    """Keep the weights that the epoch has led to: what follows needs them, also after another start."""
+    with work.session.ranks.unwatched():
+        checkpoints.save(step)

@@ -62,9 +62,12 @@ class Session:
         self.ranks = ranks
         self.stage = zero_stage(deepspeed_config)
         self.engine: Any = None
+        self._num_skipped = 0
         dtype = probe_dtype(config.model, deepspeed_config, ranks.device)
         check_supported(probe, dtype, self.stage, ranks.device)
         sharded, training = self.stage == 3, probe.mode == "train"
+        self.training = training
+        """Whether passes update the weights."""
         if sharded:
             join_ranks(ranks)
         hidden_size = load_text_config(config.model).hidden_size
@@ -106,6 +109,7 @@ class Session:
 
     def freeze(self) -> None:
         """End training: from here on no weight gradient is computed."""
+        self.training = False
         self.model.causal_lm.requires_grad_(False)
 
     @torch.no_grad()
@@ -142,8 +146,41 @@ class Session:
             total = self.engine(batch, record=record)
             self.engine.backward(total, scale_wrt_gas=False)
         found = self._measurement(batch) if record else None
-        self.engine.step()
+        self._apply()
         return found
+
+    def rehearse(self, batch: Batch) -> None:
+        """Pass a batch of weight 0 as the others will be passed; changes no weight and no statistics.
+
+        Collective where passes are.
+        """
+        if self.engine is not None and self.training:
+            self.train_micro_batch(batch, last_of_step=False, record=True)
+        else:
+            self.measure(batch)
+
+    @property
+    def num_skipped(self) -> int:
+        """Optimizer steps left out so far because a gradient was not finite, the same on all ranks."""
+        return self._num_skipped + (int(self.engine.skipped_steps) if self.engine is not None else 0)
+
+    def restore_skipped(self, total: int) -> None:
+        """Count on from `total` skipped steps, of which the engine knows its own."""
+        self._num_skipped = total - int(self.engine.skipped_steps)
+
+    def _apply(self) -> None:
+        """The optimizer's update, unless the gradient of the step is not finite.
+
+        DeepSpeed looks for itself, by a norm over all ranks, at ZeRO stages 1 to 3. At stage 0 every rank has
+        the whole gradient, the same on all.
+        """
+        if self.stage == 0 and self.engine.is_gradient_accumulation_boundary():
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+                self._num_skipped += 1
+                self.engine.zero_grad()
+                return
+        self.engine.step()
 
     def _measurement(self, batch: Batch) -> Measurement:
         head = self.model.head_result

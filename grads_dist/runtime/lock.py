@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import socket
+import tempfile
 import threading
 import time
 import uuid
@@ -252,3 +253,20 @@ def _boot() -> str:
 
 def _namespace() -> str:
     return os.readlink("/proc/self/ns/pid")
+
+
+def describe_owner(root: Path) -> str | None:
+    """Who is writing the run directory `root`, in words; None where nobody is, as far as can be seen."""
+    owner = _read(root / LOCK)
+    if owner is None:
+        return None
+    lives = owner.lives()
+    if lives is None:
+        # The owner is elsewhere, and so is its clock: what counts is that of the file system.
+        with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=root) as now:
+            silent = os.fstat(now.fileno()).st_mtime - (root / LOCK).stat().st_mtime
+            lives = silent < PATIENCE
+    if not lives:
+        return None
+    job = f" ({owner.job})" if owner.job else ""
+    return f"pid {owner.pid} on host {owner.host}{job}, since {owner.since}"

@@ -18,7 +18,8 @@ LOCK = ".lock"
 
 # All that a run writes; nothing else is ever removed, and nothing in a folder without the marker.
 _RESULTS = ("manifest.json", "scores.parquet", "scores", "features", "similarity", "selection", "model")
-_WRITTEN = (*_RESULTS, "config.yaml", "environment.json", "rejected.jsonl", "logs")
+_STATE = ("started.json", "batch_tokens.json", "checkpoints")
+_WRITTEN = (*_STATE, *_RESULTS, "config.yaml", "environment.json", "rejected.jsonl", "logs")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,21 @@ class RunDir:
     def manifest(self) -> Path:
         """Schema version, corpus fingerprint, constants of the targets, plan."""
         return self.root / "manifest.json"
+
+    @property
+    def started(self) -> Path:
+        """What decides the run's numbers, written when it is first started."""
+        return self.root / "started.json"
+
+    @property
+    def limits(self) -> Path:
+        """How large batches may be, once a rank has run out of memory."""
+        return self.root / "batch_tokens.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Checkpoints of the preliminary epoch, while it runs."""
+        return self.root / "checkpoints"
 
     @property
     def scores_dir(self) -> Path:
@@ -101,11 +117,11 @@ class RunDir:
         """Says which run is writing here."""
         return self.root / LOCK
 
-    def check(self, overwrite: bool) -> None:
+    def check(self, overwrite: bool, resumable: bool = False) -> None:
         """Raise the errors of `create` before any work is done; leaves the folder as it is.
 
-        Raises ConfigError when the folder holds results that may not go, or files of these names that no run
-        wrote, or cannot be written.
+        Raises ConfigError when the folder holds results that may not go, unless they are of a run that may go
+        on if `resumable` is set; or files of these names that no run wrote; or cannot be written.
         """
         try:
             found = [name for name in _WRITTEN if os.path.lexists(self.root / name)]
@@ -118,26 +134,40 @@ class RunDir:
                 f"output_dir: {str(self.root)!r} holds {found[0]} but no {MARKER}, so no run made it; "
                 "allowed: another folder"
             )
-        if not overwrite and any(name in _RESULTS for name in found):
+        results = [name for name in found if name in _RESULTS]
+        if results and not overwrite and not (resumable and self.started.is_file()):
             raise ConfigError(
-                f"output_dir: {str(self.root)!r} holds a run already ({found[0]}); "
-                "allowed: another folder, or --overwrite to replace it"
+                f"output_dir: {str(self.root)!r} holds results already ({results[0]}), and no run that could "
+                "go on; allowed: another folder, or --overwrite to replace them"
             )
 
-    def create(self, overwrite: bool) -> None:
-        """Make and mark the folder for a new run; what an earlier run wrote goes if `overwrite` is set.
-
-        Without `overwrite` a run that left no results may be started again. Errors are those of `check`.
-        """
-        self.check(overwrite)
+    def mark(self) -> None:
+        """Make the folder, if it is not there, and mark it. Raises ConfigError when it cannot be written."""
         try:
-            if overwrite:
-                for name in _WRITTEN:
-                    _remove(self.root / name)
             self.root.mkdir(parents=True, exist_ok=True)
             self.marker.touch()
         except OSError as error:
             raise self._unwritable(error) from error
+
+    def abandon(self) -> None:
+        """Undo `mark` where nothing has been written since."""
+        if [path.name for path in self.root.iterdir()] == [MARKER]:
+            self.marker.unlink()
+            self.root.rmdir()
+
+    def create(self, overwrite: bool, resumable: bool = False) -> None:
+        """Make and mark the folder for a run; what an earlier run wrote goes if `overwrite` is set.
+
+        Errors are those of `check`.
+        """
+        self.check(overwrite, resumable)
+        try:
+            if overwrite:
+                for name in _WRITTEN:
+                    _remove(self.root / name)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        self.mark()
 
     def _unwritable(self, error: OSError) -> ConfigError:
         return ConfigError(

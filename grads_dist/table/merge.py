@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from grads_dist.errors import DataError
 from grads_dist.runtime.rundir import RunDir, atomic_write
+from grads_dist.table.notes import Notes, read_notes
 
 MERGE_ROWS = 1 << 20
 """Rows of the score table in memory at a time while merging."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merged table holds."""
+
+    index: np.ndarray
+    """Its corpus rows, ascending, each once."""
+    num_rows: int
+    """Its rows: as many for every corpus row as there are checkpoints."""
+    num_nonfinite: int
+    notes: Notes
+    """Those of all shards; the rejected rows are in no table."""
 
 
 def merge_scores(
@@ -22,8 +39,8 @@ def merge_scores(
     expected_index: np.ndarray,
     rows_at_a_time: int = MERGE_ROWS,
     num_checkpoints: int = 1,
-) -> int:
-    """Write scores.parquet, sorted by (`index`, `checkpoint`); returns its number of rows.
+) -> Merged:
+    """Write scores.parquet, sorted by (`index`, `checkpoint`), without the rows that a shard rejects.
 
     The shards are first dealt out to buckets of consecutive row numbers, then each bucket is sorted, so that
     memory does not grow with the table.
@@ -38,19 +55,40 @@ def merge_scores(
     paths = sorted(rundir.scores_dir.glob("shard-*.parquet"))
     if not paths:
         raise DataError(f"{rundir.scores_dir}: no shard of the score table is there; run the probe first")
+    return join_tables(
+        paths, rundir.scores, expected_index, str(rundir.scores_dir), rows_at_a_time, num_checkpoints
+    )
+
+
+def join_tables(
+    paths: Sequence[Path],
+    output: Path,
+    expected_index: np.ndarray,
+    where: str,
+    rows_at_a_time: int = MERGE_ROWS,
+    num_checkpoints: int = 1,
+) -> Merged:
+    """`merge_scores` for any files of the score table's schema; `where` names them in errors."""
+    notes = read_notes(paths)
+    index = np.setdiff1d(expected_index, np.fromiter(notes.rejected, np.int64, len(notes.rejected)))
     found = np.concatenate([_keys(path, num_checkpoints) for path in paths])
-    expected = (expected_index[:, None] * num_checkpoints + np.arange(num_checkpoints)).ravel()
-    _check_rows(np.sort(found), expected, str(rundir.scores_dir), num_checkpoints)
-    bounds = expected_index[rows_at_a_time::rows_at_a_time]
-    with tempfile.TemporaryDirectory(dir=rundir.root, prefix=".merge-") as folder:
+    # A row rejected at one checkpoint counts at none.
+    found = found[~np.isin(found // num_checkpoints, list(notes.rejected))] if notes.rejected else found
+    expected = (index[:, None] * num_checkpoints + np.arange(num_checkpoints)).ravel()
+    _check_rows(np.sort(found), expected, where, num_checkpoints)
+    bounds = index[rows_at_a_time::rows_at_a_time]
+    num_nonfinite = 0
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".merge-") as folder:
         buckets = _deal_out(paths, bounds, Path(folder)) if len(bounds) else [paths]
-        with atomic_write(rundir.scores) as path:
-            with pq.ParquetWriter(path, pq.read_schema(paths[0])) as writer:
+        with atomic_write(output) as path:
+            with pq.ParquetWriter(path, pq.read_schema(paths[0]).remove_metadata()) as writer:
                 for bucket in buckets:
-                    tables = [pq.read_table(part) for part in bucket]
-                    order = [("index", "ascending"), ("checkpoint", "ascending")]
-                    writer.write_table(pa.concat_tables(tables).sort_by(order))
-    return len(expected)
+                    table = pa.concat_tables(pq.read_table(p).replace_schema_metadata() for p in bucket)
+                    if notes.rejected:
+                        table = table.filter(pc.invert(pc.is_in(table["index"], pa.array(notes.rejected))))
+                    num_nonfinite += pc.sum(pc.not_equal(table["status"], "ok")).as_py() or 0
+                    writer.write_table(table.sort_by([("index", "ascending"), ("checkpoint", "ascending")]))
+    return Merged(index, len(expected), num_nonfinite, notes)
 
 
 def _keys(path: Path, num_checkpoints: int) -> np.ndarray:
@@ -62,31 +100,41 @@ def _keys(path: Path, num_checkpoints: int) -> np.ndarray:
     return table["index"].to_numpy() * num_checkpoints + checkpoint
 
 
-def _deal_out(paths: list[Path], bounds: np.ndarray, folder: Path) -> list[list[Path]]:
+def _deal_out(paths: Sequence[Path], bounds: np.ndarray, folder: Path) -> list[list[Path]]:
     """Split every shard by `bounds` of the row number; one file a bucket, in order."""
-    schema = pq.read_schema(paths[0])
+    schema = pq.read_schema(paths[0]).remove_metadata()
     files = [folder / f"{bucket:06d}.parquet" for bucket in range(len(bounds) + 1)]
     with ExitStack() as stack:
         writers = [stack.enter_context(pq.ParquetWriter(file, schema)) for file in files]
         for path in paths:
-            table = pq.read_table(path)
+            table = pq.read_table(path).replace_schema_metadata()
             bucket_of_row = np.searchsorted(bounds, table["index"].to_numpy(), side="right")
             for bucket in np.unique(bucket_of_row).tolist():
                 writers[bucket].write_table(table.filter(pa.array(bucket_of_row == bucket)))
     return [[file] for file in files]
 
 
-def merge_features(rundir: RunDir, name: str, expected_index: np.ndarray) -> None:
-    """Write features/<name>.npy, row k for the k-th of `expected_index`, one shard in memory at a time."""
+def merge_features(
+    rundir: RunDir, name: str, expected_index: np.ndarray, rejected: Collection[int] = ()
+) -> None:
+    """Write features/<name>.npy, row k for the k-th of `expected_index`, one shard in memory at a time.
+
+    Rows in `rejected` may have features, which are left out. Raises DataError when another row is missing, or
+    there twice.
+    """
     folder = rundir.features_dir(name)
     paths = sorted(p for p in folder.glob("shard-*.npy") if not p.name.endswith(".index.npy"))
+    if not paths:
+        raise DataError(f"{folder}: no shard of features is there; run the probe first")
     indices = [np.load(_index_of(path), allow_pickle=False) for path in paths]
-    _check_rows(np.sort(np.concatenate(indices)), expected_index, str(folder))
+    kept = [~np.isin(index, list(rejected)) for index in indices]
+    found = np.concatenate([index[keep] for index, keep in zip(indices, kept, strict=True)])
+    _check_rows(np.sort(found), expected_index, str(folder))
     width = np.load(paths[0], mmap_mode="r", allow_pickle=False).shape[1]
     with atomic_write(rundir.features(name)) as path:
         merged = np.lib.format.open_memmap(path, "w+", np.float16, (len(expected_index), width))
-        for shard, index in zip(paths, indices, strict=True):
-            merged[np.searchsorted(expected_index, index)] = np.load(shard, allow_pickle=False)
+        for shard, index, keep in zip(paths, indices, kept, strict=True):
+            merged[np.searchsorted(expected_index, index[keep])] = np.load(shard, allow_pickle=False)[keep]
         merged.flush()
         del merged
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,7 @@ from grads_dist.runtime.rundir import atomic_write
 from grads_dist.stats.head_request import HeadResult
 from grads_dist.stats.statistics import Statistics
 from grads_dist.stats.targets import Targets
+from grads_dist.table.notes import Notes
 from grads_dist.table.schema import STATISTICS, score_schema
 
 FLOAT16_MAX = float(np.finfo(np.float16).max)
@@ -64,6 +65,14 @@ class RowBatch(Protocol):
         ...
 
 
+class Seen(NamedTuple):
+    """What a micro-batch shows while a pass runs, float64 [S] each."""
+
+    loss: np.ndarray
+    log_norm: np.ndarray
+    """Mean over the targets of the log gradient norms; NaN for a row that is not finite."""
+
+
 class ScoreShards:
     """Collects rows of the score table and writes them as Parquet shards into `folder`.
 
@@ -78,14 +87,13 @@ class ScoreShards:
         self._folder, self._store, self._targets, self._checkpoint = folder, store, targets, checkpoint
         self._schema = score_schema(targets.members)
         self._parts: list[dict[str, np.ndarray]] = []
+        self._notes = Notes()
         self.num_rows = 0
+        """Rows added or rejected since the last flush."""
         self.num_nonfinite = 0
-        self.head_counts = np.zeros(3, dtype=np.int64)
-        """Samples whose head statistics a bound vouched for, rows formed for them, samples formed whole."""
 
-    def add(self, batch: RowBatch, head: HeadResult, stats: dict[str, Statistics], step: int) -> np.ndarray:
-        """Add the rows of one micro-batch; returns the mean over targets of their log gradient norms [S],
-        NaN for a row that is not finite."""
+    def add(self, batch: RowBatch, head: HeadResult, stats: dict[str, Statistics], step: int) -> Seen:
+        """Add the rows of one micro-batch."""
         named = {"loss": head.losses.double(), "el2n": head.el2n.double()}
         for target, found in stats.items():
             named.update(_columns(target, found, self._targets.numel[target]))
@@ -99,22 +107,33 @@ class ScoreShards:
         self._parts.append(columns)
         self.num_nonfinite += int((~columns["finite"]).sum())
         self.num_rows += len(batch.rows)
-        self.head_counts += (head.num_certified, head.rows_formed, head.num_formed_whole)
+        self._notes.head_counts += (head.num_certified, head.rows_formed, head.num_formed_whole)
         with np.errstate(divide="ignore", invalid="ignore"):
             signal = np.mean([np.log(columns[f"{target}.norm"]) for target in stats], axis=0)
-        return np.where(columns["finite"], signal, np.nan)
+        return Seen(columns["loss"], np.where(columns["finite"], signal, np.nan))
+
+    def reject(self, row: int, reason: str) -> None:
+        """Note that the row at this position of the row source cannot be probed."""
+        self._notes.rejected[int(self._store.index[row])] = reason
+        self.num_rows += 1
 
     def flush(self, name: str) -> None:
         """Write what was added since the last flush as `shard-<name>.parquet`, if anything was."""
-        if not self._parts:
+        if not self.num_rows:
             return
-        columns = {key: np.concatenate([part[key] for part in self._parts]) for key in self._parts[0]}
-        self._parts, self.num_rows = [], 0
-        columns.update(_row_columns(self._store, columns["row"], columns["finite"]))
-        arrays = [pa.array(_cast(columns[f.name], f.type), type=f.type) for f in self._schema]
+        table = self._table().cast(self._notes.on(self._schema))
+        self._parts, self._notes, self.num_rows = [], Notes(), 0
         self._folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(self._folder / f"shard-{name}.parquet") as path:
-            pq.write_table(pa.Table.from_arrays(arrays, schema=self._schema), path)
+            pq.write_table(table, path)
+
+    def _table(self) -> pa.Table:
+        if not self._parts:
+            return self._schema.empty_table()
+        columns = {key: np.concatenate([part[key] for part in self._parts]) for key in self._parts[0]}
+        columns.update(_row_columns(self._store, columns["row"], columns["finite"]))
+        arrays = [pa.array(_cast(columns[f.name], f.type), type=f.type) for f in self._schema]
+        return pa.Table.from_arrays(arrays, schema=self._schema)
 
 
 def _columns(target: str, found: Statistics, numel: int) -> dict[str, Tensor]:

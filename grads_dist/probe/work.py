@@ -1,0 +1,108 @@
+"""What every pass works with on a rank: the model, the rows, and where the numbers go."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from grads_dist.data.store import TokenStore
+from grads_dist.errors import GradsDistError
+from grads_dist.model.probed import Batch
+from grads_dist.probe.batches import collate, rehearsal_batch
+from grads_dist.probe.config import ProbeConfig
+from grads_dist.probe.memory import is_out_of_memory, name_rows, refusal
+from grads_dist.probe.progress import Progress
+from grads_dist.probe.session import Measurement, Session
+from grads_dist.runtime.journal import Journal
+from grads_dist.stats.sketch import unit_length
+from grads_dist.table.shards import FeatureShards, ScoreShards
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every pass works with on this rank, and where the numbers go; None: nowhere."""
+
+    session: Session
+    store: TokenStore
+    config: ProbeConfig
+    scores: ScoreShards | None
+    features: FeatureShards | None
+    """Content features."""
+    sketches: FeatureShards | None = None
+    """Gradient features."""
+    limits: Path = Path("batch_tokens.json")
+    """Where a rank that runs out of memory says how large batches may be from then on."""
+    journal: Journal = Journal()
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+        return self.session.ranks.rank
+
+    @property
+    def world_size(self) -> int:
+        """All ranks."""
+        return self.session.ranks.world_size
+
+    def collate(self, rows: np.ndarray, weights: np.ndarray) -> Batch:
+        """The batch of the given rows of the store, on this rank's device."""
+        avoid = self.session.model.anatomy.head_counts
+        return collate(self.store, rows, weights, self.session.ranks.device, avoid)
+
+    def add(self, batch: Batch, found: Measurement, step: int, progress: Progress) -> np.ndarray | None:
+        """Hand what a batch gave to where it goes; returns the rows' mean log norms, if they are scored."""
+        if self.features is not None and found.features is not None:
+            self.features.add(batch, found.features)
+        if self.sketches is not None and found.sketch is not None:
+            self.sketches.add(batch, unit_length(found.sketch))
+        seen = None if self.scores is None else self.scores.add(batch, found.head, found.stats, step)
+        loss, signal = seen if seen is not None else (None, None)
+        progress.update(
+            len(batch.rows), batch.layout.segments.num_rows, signal, loss, None if step < 0 else step
+        )
+        return signal
+
+    @contextmanager
+    def showing(self, label: str, rows: int, done: int = 0) -> Iterator[Progress]:
+        """The progress of a pass over `rows` rows of this rank, `done` of which an earlier start made."""
+        ranks, journal = self.session.ranks, self.journal
+        progress = Progress(label, rows, ranks.is_main, journal.metrics, journal.trackers, done)
+        yield progress
+        progress.close()
+
+    def describe(self, batch: Batch) -> str:
+        """What the main thread is at while it works on a batch, for the report of a failure."""
+        if not len(batch.rows):
+            return "nothing, beside the other ranks"
+        return f"rows {name_rows(self.store.index[batch.rows.numpy()])}"
+
+    def does_not_fit(self, rows: np.ndarray) -> GradsDistError:
+        """The error for a batch of these rows of the store that ran out of memory."""
+        longest = int(self.store.num_tokens[rows].max())
+        return refusal(self.store.index[rows], longest, self.config.batch_tokens, self.limits)
+
+    def rehearse(self, batches: list[np.ndarray]) -> None:
+        """Pass batches as large as these first, whose numbers go nowhere: memory runs out now or never.
+
+        Collective where passes are.
+        """
+        for rows in batches:
+            self.session.ranks.beat(
+                f"rehearsal of the largest batch, rows {name_rows(self.store.index[rows])}"
+            )
+            shape = (len(rows), int(self.store.num_tokens[rows].max()))
+            try:
+                device, vocab_size = self.session.ranks.device, self.session.model.anatomy.vocab_size
+                self.session.rehearse(rehearsal_batch(*shape, vocab_size, device))
+                continue
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            raise self.does_not_fit(rows)

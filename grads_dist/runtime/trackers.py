@@ -1,0 +1,3 @@
+class Trackers:
+    def close(self): pass
+def open_trackers(*a): return Trackers()
