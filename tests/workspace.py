@@ -84,7 +84,7 @@ def write_stage(folder: Path, stage: int, **optimizer: object) -> Path:
 def launch(num_ranks: int, script: Path, *args: str) -> None:
     """Run a script as `num_ranks` ranks under torchrun; fails with what it wrote unless it ends well."""
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-    done = run_python(*command, str(script), *args, timeout=280)
+    done = run_python(*command, str(script), *args, timeout=900)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 
 
