@@ -48,8 +48,10 @@ def refusal(rows: np.ndarray, longest: int, batch_tokens: int, path: Path) -> Gr
             f"out of memory: row {rows[0]} ({longest} tokens) does not fit alone; lower data.max_length, set "
             "model.gradient_checkpointing, use a higher ZeRO stage or offload, or more ranks"
         )
-    # Half of the tokens may not halve the batch, if its rows are long.
-    smaller = max(1, min(batch_tokens, len(rows) * longest) // 2)
+    smaller = max(1, batch_tokens // 2)
+    while smaller >= len(rows) * longest:
+        # A small corpus may not fill its batches.
+        smaller //= 2
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps({"batch_tokens": smaller}) + "\n", encoding="utf-8")
     return OutOfMemory(
