@@ -54,7 +54,9 @@ def test_a_rank_that_hangs_is_named_with_its_rows_and_its_place(bare_ranks, tmp_
     assert codes == [1, 1, 1], errors
     assert len(lines) == 1, errors
     line = next(
-        number for number, text in enumerate(Path(__file__).read_text().splitlines(), 1) if text.endswith("# hangs here")
+        number
+        for number, text in enumerate(Path(__file__).read_text().splitlines(), 1)
+        if text.endswith("# hangs here")
     )
     found = rf"rank 1 \(host .+\), rows 8-11: hung: no progress for \d+ s, at tests/test_watch.py:{line}$"
     assert re.search(found, lines[0]), errors

@@ -64,7 +64,7 @@ class Activity:
             self.state = before
 
     def beat(self, doing: str, kind: str) -> None:
-        """The main thread has got on and is now `doing` something, which is comparable to others of its kind."""
+        """The main thread has got on and is `doing` something new, comparable to others of its kind."""
         now = time.monotonic()
         if self._kind is not None:
             self._pauses.setdefault(self._kind, deque(maxlen=KEPT)).append(now - self._since)

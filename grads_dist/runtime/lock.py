@@ -138,17 +138,21 @@ class RunLock:
         self._released.set()
         self._thread.join()
         os.close(self._handle)
-        if self._is_own():
-            (self._root / LOCK).unlink(missing_ok=True)
+        # What stays when the file system is gone is the lock of a dead process.
+        with contextlib.suppress(OSError):
+            if self._is_own():
+                (self._root / LOCK).unlink()
 
     def _renew(self) -> None:
         owner = self._owner
         while not self._released.wait(BEAT):
             owner = replace(owner, beat=owner.beat + 1)
             try:
-                self.lost = self.lost or not self._is_own()
-                # Into the file itself, which is no longer in the directory if another run has taken over. In place, so
-                # that network file systems show it to whoever opens the file.
+                if not self._is_own():
+                    self.lost = True
+                    return
+                # In place, so that network file systems show it to whoever opens the file; and if another run takes
+                # over at this moment, the file written is no longer the one in the directory.
                 os.pwrite(self._handle, owner.dump(), 0)
                 os.fsync(self._handle)
             except OSError as error:

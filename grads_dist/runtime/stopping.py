@@ -29,7 +29,7 @@ _num_deferred = 0
 _first: tuple[int, float] | None = None
 _handled = False
 _undo: list[tuple[signal.Signals, signal.Handlers]] = []
-_wakeup: socket.socket | None = None
+_wakeup: tuple[socket.socket, threading.Thread] | None = None
 
 
 def install() -> None:
@@ -38,10 +38,12 @@ def install() -> None:
     if _wakeup is not None or threading.current_thread() is not threading.main_thread():
         return
     _forget()
-    reading, _wakeup = socket.socketpair()
-    _wakeup.setblocking(False)
-    signal.set_wakeup_fd(_wakeup.fileno(), warn_on_full_buffer=False)
-    threading.Thread(target=_watch, args=(reading,), name="signals", daemon=True).start()
+    reading, writing = socket.socketpair()
+    writing.setblocking(False)
+    signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+    thread = threading.Thread(target=_watch, args=(reading,), name="signals", daemon=True)
+    thread.start()
+    _wakeup = (writing, thread)
     for number in SIGNALS:
         before = signal.getsignal(number)
         # A shell has the programs that it starts in the background ignore Ctrl-C. (Of SIGUSR1 it is an agent that
@@ -60,9 +62,11 @@ def uninstall() -> None:
     while _undo:
         signal.signal(*_undo.pop())
     signal.set_wakeup_fd(-1)
-    # Ends the thread that reads the other end.
-    _wakeup.close()
+    writing, thread = _wakeup
     _wakeup = None
+    # The thread sees the end of what was written, and ends.
+    writing.close()
+    thread.join()
     _forget()
 
 
