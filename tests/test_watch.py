@@ -190,6 +190,7 @@ def _main(case, alone, folder):
     from grads_dist.runtime import activity, watch
 
     watch.INTERVAL, watch.PATIENCE, watch.PATIENCE_BROKEN, watch.ANSWER_WITHIN = 0.3, 4.0, 2.0, 4.0
+    watch.LINGER = 2.0
     activity.MIN_LIMIT = 3.0
     what, place = case.split()
     action = commands.Command("test", lambda args: lambda: _case(what, place, int(alone)), True)

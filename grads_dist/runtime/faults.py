@@ -11,6 +11,7 @@ _REMEDIES = {
     errno.EACCES: "give back the permission",
     errno.EIO: "look after the disk or the file server",
 }
+_KEPT = "nothing that was complete is lost"
 # safetensors and tokenizers, which are written in Rust, tell the number in their text.
 _RUST = re.compile(r"\(os error (\d+)\)")
 # torch.save loses it.
@@ -18,16 +19,14 @@ _TORCH = re.compile(r"PytorchStreamWriter failed|unexpected pos \d+ vs \d+")
 
 
 def explain_os_error(error: BaseException) -> str | None:
-    """A line that says what is wrong with the file system and what to do, or None if `error` is not about that."""
+    """What is wrong with the file system and what to do, in a line; None if `error` is not about that."""
     number, place = _number(error)
     if number in _REMEDIES:
         what = f"{place}{os.strerror(number)}"
-        return (
-            f"{what}; nothing that was complete is lost; {_REMEDIES[number]} and start the same command again"
-        )
+        return f"{what}; {_KEPT}; {_REMEDIES[number]} and start the same command again"
     if isinstance(error, RuntimeError) and _TORCH.search(str(error)):
         return (
-            f"a checkpoint cannot be written ({_first_line(error)}); nothing that was complete is lost; "
+            f"a checkpoint cannot be written ({_first_line(error)}); {_KEPT}; "
             "free space and start the same command again"
         )
     return None

@@ -91,7 +91,7 @@ def agent_holds_store() -> bool:
 
 
 def quieten_torch() -> None:
-    """Keep torch's C++ part from writing a page for every broken connection; before torch is first imported."""
+    """Keep torch from writing a page for every broken connection; before it is first imported."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 

@@ -107,7 +107,7 @@ class RunLock:
     def acquire(root: Path) -> RunLock:
         """Lock the run directory `root`, which must be there.
 
-        Takes over the lock of an owner that is dead, at once where that can be seen, else after PATIENCE seconds.
+        Takes over from an owner that is dead, at once where that can be seen, else after PATIENCE seconds.
         Raises ConfigError if another run holds it, or if `root` cannot be written.
         """
         owner = Owner.this_process()
@@ -126,8 +126,8 @@ class RunLock:
                 temporary.unlink(missing_ok=True)
         except OSError as error:
             raise ConfigError(
-                f"output_dir: {str(root)!r} cannot be locked ({error.strerror}); allowed: a writable folder on a "
-                "file system with hard links"
+                f"output_dir: {str(root)!r} cannot be locked ({error.strerror}); allowed: a writable folder "
+                "on a file system with hard links"
             ) from error
         return RunLock(root, owner, handle)
 
@@ -151,8 +151,8 @@ class RunLock:
                 if not self._is_own():
                     self.lost = True
                     return
-                # In place, so that network file systems show it to whoever opens the file; and if another run takes
-                # over at this moment, the file written is no longer the one in the directory.
+                # In place, so that network file systems show it to whoever opens the file; and if another run
+                # takes over at this moment, the file written is no longer the one in the directory.
                 os.pwrite(self._handle, owner.dump(), 0)
                 os.fsync(self._handle)
             except OSError as error:
@@ -164,7 +164,7 @@ class RunLock:
 
 
 def _await_end(root: Path, temporary: Path) -> None:
-    """Return when it is worth trying again; the owner's file is gone then. Raises ConfigError if the owner lives."""
+    """Return when the owner's file is gone; raises ConfigError if the owner lives."""
     owner = _read(root / LOCK)
     if owner is None:
         return
@@ -193,8 +193,8 @@ def _shows_life(path: Path, owner: Owner) -> bool:
 def _remove_stale(root: Path, temporary: Path, stale: Owner) -> None:
     """Remove the lock of a dead owner, unless another starter is at it or has done so.
 
-    Removing by name could hit the lock of a starter that was faster. So the right to remove this very lock is a
-    file of its own, which only one can link.
+    Removing by name could hit the lock of a starter that was faster. So the right to remove this very lock is
+    a file of its own, which only one can link.
     """
     claim = root / f"{LOCK}.after-{stale.token}"
     until = time.monotonic() + PATIENCE

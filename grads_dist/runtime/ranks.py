@@ -167,16 +167,16 @@ class Ranks:
 
     @contextlib.contextmanager
     def working(self, label: str) -> Iterator[None]:
-        """A pass over the corpus, which `label` names: signals are deferred, and a rank that hangs is noticed."""
+        """A pass over the corpus, named `label`: signals are deferred, and a rank that hangs is noticed."""
         with stopping.deferred(), self._activity.working(label):
             yield
 
     def beat(self, doing: str, kind: str = "") -> None:
-        """Say what this rank does from now on, such as `rows 12-19`; for the start of every micro-batch. No I/O.
+        """Say what this rank does from now on, such as `rows 12-19`: at the start of every micro-batch. No I/O.
 
-        Until the next beat the rank may take five times as long as between earlier beats of the same kind, but
-        at least 40 s, and 30 minutes for the first of a kind in a pass. An optimizer step that comes once in many
-        micro-batches should be of a kind of its own.
+        Until the next beat the rank may take five times as long as between earlier beats of the same kind,
+        but at least 40 s, and 30 minutes for the first of a kind in a pass. An optimizer step that comes once
+        in many micro-batches should be of a kind of its own.
         """
         self._activity.beat(doing, kind)
 
@@ -199,9 +199,9 @@ class Ranks:
         return tuple(bool(flag) for flag in found.tolist())
 
     def meet(self) -> None:
-        """Wait for all ranks; then raise Interrupted on all if any was asked to stop. Ends every pass. Collective.
+        """Wait for all ranks, then raise Interrupted on all if any was asked to stop. Collective.
 
-        A launcher ends the others when the first rank leaves, so they must have come to an end of their own.
+        Every pass ends so: a launcher ends the others when the first rank leaves, so they must be done too.
         """
         with stopping.deferred(), self._activity.aside("meeting"):
             self.barrier()
@@ -305,12 +305,12 @@ def _explain_rendezvous(placement: Placement, message: str) -> str:
     where = f"MASTER_ADDR:MASTER_PORT: {placement.master_addr}:{placement.master_port}"
     if "EADDRINUSE" in message:
         return (
-            f"{where}, where rank 0 ({socket.gethostname()}) listens, is in use, mostly by another run on the node; "
-            "allowed: another port, set as MASTER_PORT or as the launcher's option"
+            f"{where}, where rank 0 ({socket.gethostname()}) listens, is in use, mostly by another run "
+            "on the node; allowed: another port, set as MASTER_PORT or as the launcher's option"
         )
     first = " ".join(message.partition("\n")[0].split())
     return (
-        f"{where}: rank {placement.rank} ({socket.gethostname()}) and the others did not meet there ({first}); "
+        f"{where}: rank {placement.rank} ({socket.gethostname()}) did not meet the others there ({first}); "
         "allowed: an address of rank 0's node that all nodes reach, and a port that no firewall closes"
     )
 

@@ -1,12 +1,13 @@
 """Requests to stop: what SIGTERM, SIGUSR1 and SIGINT do to a rank.
 
-The first signal raises Interrupted in the main thread, or inside `deferred()` only sets a flag that the caller looks at.
-A second one ends the process at once with exit code 4, even while the main thread is inside a C call such as a
-collective: a thread reads the signals' numbers from a file descriptor that Python's C handler writes to.
+The first signal raises Interrupted in the main thread, or inside `deferred()` only sets a flag that the
+caller looks at. A second one ends the process at once with exit code 4, even while the main thread is inside
+a C call such as a collective: a thread reads the numbers from a file descriptor that Python's C handler
+writes to.
 
-What counts as a second one: the same signal again, or any signal SETTLE seconds after the first. A launcher that
-forwards Ctrl-C lets its ranks have SIGINT from the terminal and SIGTERM from itself, at about the same time; and a key
-that bounces sends one signal twice within BOUNCE seconds.
+What counts as a second one: the same signal again, or any signal SETTLE seconds after the first. A launcher
+that forwards Ctrl-C lets its ranks have SIGINT from the terminal and SIGTERM from itself at about the same
+time, and two launchers, one inside the other, may send one signal twice within BOUNCE seconds.
 """
 
 import contextlib
@@ -33,7 +34,7 @@ _wakeup: tuple[socket.socket, threading.Thread] | None = None
 
 
 def install() -> None:
-    """Handle the signals in this process from now on; nothing to do a second time, or outside the main thread."""
+    """Handle the signals in this process from now on; does nothing outside the main thread, or again."""
     global _wakeup
     if _wakeup is not None or threading.current_thread() is not threading.main_thread():
         return
@@ -46,8 +47,8 @@ def install() -> None:
     _wakeup = (writing, thread)
     for number in SIGNALS:
         before = signal.getsignal(number)
-        # A shell has the programs that it starts in the background ignore Ctrl-C. (Of SIGUSR1 it is an agent that
-        # does so, for itself.)
+        # A shell has the programs that it starts in the background ignore Ctrl-C. (SIGUSR1 is ignored where
+        # an agent, which is not to end by it, handed that on to its ranks.)
         if number == signal.SIGINT and before == signal.SIG_IGN:
             continue
         signal.signal(number, _handle)

@@ -72,8 +72,9 @@ class Failure:
 def judge(beats: Sequence[Beat]) -> Failure | None:
     """The failure of the rank that keeps all others waiting, or None if the run may still get on.
 
-    While a rank is aside, writing a checkpoint say, nobody is judged: on GPUs it cannot be seen that a main thread
-    waits for another rank, because NCCL's collectives return at once and what waits is any later look at their result.
+    While a rank is aside, writing a checkpoint say, nobody is judged: on GPUs it cannot be seen that a main
+    thread waits for another rank, as NCCL's collectives return at once and what waits is a later look at a
+    tensor.
     """
     if any(beat.state == "paused" for beat in beats):
         return None

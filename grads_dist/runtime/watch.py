@@ -1,11 +1,11 @@
 """Signs of life: each rank says that it lives, watches the next one, and learns why the run ends.
 
-A rank that dies, stops, hangs or fails alone leaves the others waiting, in a collective that nobody can leave. So the
-monitor, a thread with a connection of its own to the rendezvous store, ends the process. One rank reports, by being
-the first to claim it; the others leave with the same exit code and print nothing.
+A rank that dies, stops, hangs or fails alone leaves the others waiting, in a collective that nobody can
+leave. So the monitor, a thread with a connection of its own to the rendezvous store, ends the process. One
+rank reports, by being the first to claim it; the others leave with the same exit code and print nothing.
 
-Time is counted only while this process runs (`RunningTime`): after a suspension, or after a C call that kept all
-threads from running, the others would look dead.
+Time is counted only while this process runs (`RunningTime`): after a suspension, or after a C call that kept
+all threads from running, the others would look dead.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ INTERVAL = 2.0
 PATIENCE = 15.0
 """Seconds without a sign of life after which a rank is gone."""
 PATIENCE_ELSEWHERE = 40.0
-"""The same for a rank that is in no pass: imports and other libraries' C code may keep its threads from running."""
+"""The same for a rank that is in no pass: imports and C code may keep its threads from running."""
 ANSWER_WITHIN = 15.0
 """Seconds in which the store must answer."""
 PATIENCE_BROKEN = 6.0
@@ -119,7 +119,7 @@ class Monitor:
         atexit.unregister(self.stop)
 
     def await_verdict(self) -> None:
-        """After a broken collective, wait while a monitor may find out which rank is gone; it ends this process.
+        """After a broken collective, wait for a monitor to find out which rank is gone and end this process.
 
         A launcher that has seen that rank die sends SIGTERM to the others, and SIGKILL somewhat later.
         """
@@ -216,7 +216,8 @@ class Monitor:
             self._neighbour = (-1 if beat is None else beat.number, now)
             return
         if self._is_gone(beat, now - since):
-            message = f"gone: no sign of life for {now - since:.0f} s; it was killed or stopped, or its node is lost"
+            silent = f"no sign of life for {now - since:.0f} s"
+            message = f"gone: {silent}; it was killed or stopped, or its node is lost"
             self._end(Failure(neighbour, beat.host, beat.doing, message, code=1))
 
     def _is_gone(self, last: Beat, silent: float) -> bool:
