@@ -1,5 +1,7 @@
 """The command line: what users see and exit codes. As a script, this file is a rank whose command fails."""
 
+import errno
+import json
 import os
 import signal
 import socket
@@ -151,6 +153,26 @@ def test_an_unexpected_failure_is_one_line_and_a_traceback_in_the_log(monkeypatc
     line = f"grads-dist: error: ZeroDivisionError: deep inside (traceback in {log})\n"
     assert capsys.readouterr().err == line
     assert "in action\n" in log.read_text() and "ZeroDivisionError: deep" in log.read_text()
+    ended = json.loads((tmp_path / "error.json").read_text())
+    assert (ended["code"], ended["rank"]) == (1, 0) and ended["message"].startswith("ZeroDivisionError: deep")
+
+
+def test_a_full_disk_is_one_line_without_a_traceback(monkeypatch, capsys):
+    use(monkeypatch, failing(OSError(errno.ENOSPC, "No space left on device", "/run/scores")))
+    assert cli.main(["run"]) == 1
+    assert capsys.readouterr().err == (
+        "grads-dist: error: /run/scores: No space left on device; nothing that was complete is lost; "
+        "free space and start the same command again\n"
+    )
+
+
+def test_signals_are_handled_while_a_collective_command_runs(monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGUSR1)
+    use(monkeypatch, lambda: signal.raise_signal(signal.SIGUSR1))
+    assert cli.main(["run"]) == 4
+    line = "grads-dist: error: interrupted by SIGUSR1; start the same command again to go on\n"
+    assert capsys.readouterr().err == line
+    assert signal.getsignal(signal.SIGUSR1) == before
 
 
 def test_an_unexpected_failure_without_a_log_shows_the_traceback(monkeypatch, capsys):

@@ -1,9 +1,12 @@
 """Ranks, the run directory and logs. As a script, this file is what the ranks of its tests do."""
 
+import datetime
+import errno
 import json
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +16,7 @@ import pytest
 
 from grads_dist.errors import ConfigError, DataError, GradsDistError
 from grads_dist.runtime import launcher, logs
+from grads_dist.runtime.faults import explain_os_error
 from grads_dist.runtime.rundir import RunDir, atomic_write
 
 
@@ -213,6 +217,103 @@ def test_log_file_and_console_of_each_rank(tmp_path, capsys):
     assert "INFO grads_dist.part: progress" in text
     assert "ValueError: deep inside" in text
     assert logs.log_path() is None
+
+
+def test_a_run_that_goes_on_appends_to_its_log(tmp_path):
+    try:
+        for append, text in [(False, "first"), (True, "second")]:
+            path = logs.log_to_file(tmp_path, rank=0, append=append)
+            logging.getLogger("grads_dist").warning(text)
+        assert "first" in path.read_text() and "second" in path.read_text()
+        logs.log_to_file(tmp_path, rank=0)
+    finally:
+        logs.stop_file()
+    assert path.read_text() == ""
+
+
+def test_why_a_run_ended_lies_beside_its_logs(tmp_path):
+    logs.record_cause(0, 1, "no log yet")
+    try:
+        logs.log_to_file(tmp_path, rank=2)
+        logs.record_cause(3, 1, "rank 3 (host n2): é")
+    finally:
+        logs.stop_file()
+    content = json.loads((tmp_path / "error.json").read_text(encoding="utf-8"))
+    time = datetime.datetime.fromisoformat(content.pop("time"))
+    assert content == {"rank": 3, "code": 1, "message": "rank 3 (host n2): é"}
+    assert time.tzinfo is not None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["error.json", "rank-00002.log"]
+
+
+def test_faults_of_the_file_system_are_lines():
+    kept = "nothing that was complete is lost"
+    again = "start the same command again"
+    full = "No space left on device"
+    told = [
+        (OSError(errno.ENOSPC, full, "/x/y"), f"/x/y: {full}; {kept}; free space and {again}"),
+        (OSError(errno.ENOSPC, full), f"{full}; {kept}; free space and {again}"),
+        (
+            OSError(errno.EDQUOT, "Error writing bytes to file"),
+            f"[Errno {errno.EDQUOT}] Error writing bytes to file: Disk quota exceeded; {kept}; "
+            f"free space or have the quota raised and {again}",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/x"),
+            f"/x: Permission denied; {kept}; give back the permission and {again}",
+        ),
+        (
+            ValueError("I/O error: No space left on device (os error 28)"),
+            f"I/O error: {full} (os error 28): {full}; {kept}; free space and {again}",
+        ),
+        (
+            RuntimeError(
+                "[enforce fail] . PytorchStreamWriter failed writing file data/0: file write failed\nx"
+            ),
+            "a checkpoint cannot be written ([enforce fail] . PytorchStreamWriter failed writing file data/0: "
+            f"file write failed); {kept}; free space and {again}",
+        ),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/x"), None),
+        (RuntimeError("mat1 and mat2"), None),
+    ]
+    assert [explain_os_error(error) for error, _ in told] == [line for _, line in told]
+
+
+def test_a_full_disk_is_recognised_from_what_libraries_raise():
+    """/dev/full answers every write as a full disk does."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import torch
+
+    def write_table():
+        with open("/dev/full", "wb") as file:
+            pq.write_table(pa.table({"x": list(range(1000))}), file)
+
+    for write in (write_table, lambda: torch.save(torch.zeros(10**6), "/dev/full")):
+        with pytest.raises((OSError, RuntimeError)) as caught:
+            write()
+        assert "free space and start the same command again" in str(explain_os_error(caught.value))
+
+
+def test_a_port_in_use_is_one_line(tmp_path):
+    from conftest import TIMEOUT, clean_environment
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        env = clean_environment(
+            RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
+        command = [sys.executable, "-m", "grads_dist", "select", "--output_dir", "none"]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if line.startswith("grads-dist:")]
+    assert lines == [
+        f"grads-dist: error: MASTER_ADDR:MASTER_PORT: 127.0.0.1:{port}, where rank 0 ({socket.gethostname()}) "
+        "listens, is in use, mostly by another run on the node; allowed: another port, set as MASTER_PORT or as "
+        "the launcher's option"
+    ]
+    assert "Traceback" not in done.stderr, done.stderr
 
 
 def test_rank_0_prints_progress_without_a_prefix(capsys):
