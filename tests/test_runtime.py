@@ -50,6 +50,8 @@ def test_two_ranks_under_torchrun(torchrun, tmp_path):
         assert own["gathered"] == [{"rank": 0}, {"rank": 1}]
         assert own["exported"] == [str(rank), "2", str(rank)]
         assert own["sum"] == 3.0
+        assert own["any_of"] == [False, True, True]
+        assert own["met"] == ["Interrupted", "interrupted by SIGUSR1; start the same command again to go on"]
         assert own["same_object"] is True
     assert sorted(own["reported"] for own in seen) == [0, 1]
 
@@ -79,6 +81,8 @@ def test_one_rank_needs_no_group_until_asked(tmp_path):
         "group_at_start": False,
         "on_main": 7,
         "gathered": [5],
+        "any_of": [False, True],
+        "met": [None, ["Interrupted", "interrupted by SIGUSR1; start the same command again to go on"]],
         "agreed": ["ConfigError", "alone"],
         "group_when_asked": True,
         "sum": 1.0,
@@ -309,9 +313,9 @@ def test_a_port_in_use_is_one_line(tmp_path):
     assert done.returncode == 1
     lines = [line for line in done.stderr.splitlines() if line.startswith("grads-dist:")]
     assert lines == [
-        f"grads-dist: error: MASTER_ADDR:MASTER_PORT: 127.0.0.1:{port}, where rank 0 ({socket.gethostname()}) "
-        "listens, is in use, mostly by another run on the node; allowed: another port, set as MASTER_PORT or as "
-        "the launcher's option"
+        f"grads-dist: error: MASTER_ADDR:MASTER_PORT: 127.0.0.1:{port}, where rank 0 "
+        f"({socket.gethostname()}) listens, is in use, mostly by another run on the node; allowed: another port, set as MASTER_PORT or "
+        "as the launcher's option"
     ]
     assert "Traceback" not in done.stderr, done.stderr
 
@@ -332,6 +336,14 @@ def _raised(call):
 
 def _fail_with(error):
     raise error
+
+
+def _meet(ranks, asked):
+    from grads_dist.runtime import stopping
+
+    if asked:
+        stopping.request("SIGUSR1")
+    ranks.meet()
 
 
 def _several(ranks, placement):
@@ -360,6 +372,8 @@ def _several(ranks, placement):
         "gathered": ranks.gather({"rank": ranks.rank}),
         "exported": [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")],
         "sum": float(total),
+        "any_of": ranks.any_of(False, ranks.rank == 1, True),
+        "met": _raised(lambda: _meet(ranks, ranks.rank == 1)),
         "same_object": Ranks.start(placement) is ranks,
         "reported": len(reports),
     }
@@ -373,6 +387,8 @@ def _alone(ranks):
         "group_at_start": dist.is_initialized(),
         "on_main": ranks.on_main(lambda: 7),
         "gathered": ranks.gather(5),
+        "any_of": ranks.any_of(False, True),
+        "met": [_raised(ranks.meet), _raised(lambda: _meet(ranks, True))],
         "agreed": _raised(lambda: ranks.agree(ConfigError("alone"))),
         "accelerator": os.environ.get("DS_ACCELERATOR"),
         "device": ranks.device.type,

@@ -62,6 +62,18 @@ def test_uninstalling_gives_the_handlers_back():
     assert stopping.requested() is None
 
 
+def test_a_forked_child_that_is_ended_stops_nothing(installed):
+    child = os.fork()
+    if child == 0:
+        time.sleep(100)
+        os._exit(0)
+    time.sleep(0.2)
+    os.kill(child, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+    time.sleep(0.2)
+    assert stopping.requested() is None
+
+
 def test_a_signal_of_one_rank_ends_all_after_the_deferred_section(bare_ranks, tmp_path):
     results = bare_ranks(2, [sys.executable, __file__, "one", str(tmp_path)])
     errors = "".join(err for _, _, err in results)

@@ -123,6 +123,13 @@ def test_beats_and_failures_are_text_and_lines():
     assert Failure(3, "n2", "rows 1-2", "interrupted", 4, named=False).line() == "interrupted"
 
 
+def test_an_error_that_only_sounds_like_a_broken_collective_is_reported_at_once():
+    from grads_dist.runtime.ranks import is_broken_collective
+
+    assert not is_broken_collective(RuntimeError("the model server: connection reset, timed out"))
+    assert not is_broken_collective(ConnectionResetError("gloo"))
+
+
 def test_the_limit_follows_the_longest_pause_of_a_kind(monkeypatch):
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)

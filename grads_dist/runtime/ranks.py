@@ -172,7 +172,7 @@ class Ranks:
             yield
 
     def beat(self, doing: str, kind: str = "") -> None:
-        """Say what this rank does from now on, such as `rows 12-19`; once a micro-batch, at its start. No I/O.
+        """Say what this rank does now, such as `rows 12-19`; at the start of every micro-batch. No I/O.
 
         Until the next beat the rank may take five times as long as between earlier beats of the same kind,
         but at least 40 s, and 30 minutes for the first of a kind in a pass. An optimizer step that comes once

@@ -39,6 +39,8 @@ def install() -> None:
     if _wakeup is not None or threading.current_thread() is not threading.main_thread():
         return
     _forget()
+    # A child that is forked and then ended by SIGTERM would ask this process to stop, by what they share.
+    os.register_at_fork(after_in_child=_restore)
     reading, writing = socket.socketpair()
     writing.setblocking(False)
     signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
@@ -60,9 +62,7 @@ def uninstall() -> None:
     global _wakeup
     if _wakeup is None:
         return
-    while _undo:
-        signal.signal(*_undo.pop())
-    signal.set_wakeup_fd(-1)
+    _restore()
     writing, thread = _wakeup
     _wakeup = None
     # The thread sees the end of what was written, and ends.
@@ -97,6 +97,13 @@ def request(name: str) -> None:
 def interrupted(name: str) -> Interrupted:
     """The error of a run that the signal `name` stopped."""
     return Interrupted(f"interrupted by {name}; start the same command again to go on")
+
+
+def _restore() -> None:
+    if _undo:
+        signal.set_wakeup_fd(-1)
+    while _undo:
+        signal.signal(*_undo.pop())
 
 
 def _forget() -> None:

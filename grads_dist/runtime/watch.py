@@ -211,17 +211,18 @@ class Monitor:
         neighbour = (self._rank + 1) % self._num_ranks
         beat = self._read(neighbour)
         number, since = self._neighbour
-        if beat is None or beat.number != number:
-            # Before its first one it is still starting.
-            self._neighbour = (-1 if beat is None else beat.number, now)
-            return
-        if self._is_gone(beat, now - since):
+        found = -1 if beat is None else beat.number
+        if found != number:
+            self._neighbour = (found, now)
+        elif self._is_gone(beat, now - since):
+            host, doing = ("unknown", "") if beat is None else (beat.host, beat.doing)
             silent = f"no sign of life for {now - since:.0f} s"
             message = f"gone: {silent}; it was killed or stopped, or its node is lost"
-            self._end(Failure(neighbour, beat.host, beat.doing, message, code=1))
+            self._end(Failure(neighbour, host, doing, message, code=1))
 
-    def _is_gone(self, last: Beat, silent: float) -> bool:
-        if silent > (PATIENCE_ELSEWHERE if last.state == "elsewhere" else PATIENCE):
+    def _is_gone(self, last: Beat | None, silent: float) -> bool:
+        in_pass = last is not None and last.state != "elsewhere"
+        if silent > (PATIENCE if in_pass else PATIENCE_ELSEWHERE):
             return True
         return silent > PATIENCE_BROKEN and self._store.check(["broken"])
 
