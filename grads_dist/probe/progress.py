@@ -65,7 +65,7 @@ class Progress:
         visible: whether this rank shows anything.
     """
 
-    def __init__(self, label: str, total: int, visible: bool, metrics=None, trackers=None, done=0) -> None:
+    def __init__(self, label: str, total: int, visible: bool) -> None:
         self._label, self._total, self._visible = label, total, visible
         self.signal = RunningStats()
         self.rows = self.tokens = 0
@@ -73,7 +73,7 @@ class Progress:
         terminal = visible and sys.stderr.isatty()
         self._bar = tqdm(total=total, desc=label, unit="row", file=sys.stderr) if terminal else None
 
-    def update(self, rows: int, tokens: int, signal: np.ndarray | None = None, loss=None, step=None) -> None:
+    def update(self, rows: int, tokens: int, signal: np.ndarray | None = None) -> None:
         """Count one micro-batch; `signal` is the mean log gradient norm of its rows."""
         self.rows += rows
         self.tokens += tokens
