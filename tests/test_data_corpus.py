@@ -61,7 +61,7 @@ def test_row_starts_equal_a_naive_scan_for_any_block_size(parts: list[bytes], bl
         path = Path(folder, "a.jsonl")
         path.write_bytes(data)
         found = scan.scan_file(path, Path(folder), layout="lines")
-    assert found.starts is not None and found.starts.tolist() == [*expected, len(data)]
+        assert found.starts is not None and found.starts.load().tolist() == [*expected, len(data)]
     assert found.sha256 == hashlib.sha256(data).hexdigest()
 
 

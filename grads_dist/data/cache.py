@@ -2,9 +2,8 @@
 
 import contextlib
 import errno
-import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +20,9 @@ def publish(final: Path) -> Iterator[Path]:
     """
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix="tmp-", dir=final.parent))
+        # With the usual permissions, not private: other ranks may run as another user of the same group.
+        temporary = final.parent / f"tmp-{secrets.token_hex(8)}"
+        temporary.mkdir()
     except OSError as error:
         raise ConfigError(
             f"data.cache_dir: {str(final.parent)!r} cannot be written ({error.strerror}); "
@@ -29,8 +30,6 @@ def publish(final: Path) -> Iterator[Path]:
         ) from error
     try:
         yield temporary
-        # mkdtemp makes folders private; other ranks may run as another user of the same group.
-        temporary.chmod(0o777 & ~_umask())
         for path in temporary.iterdir():
             sync(path)
         _rename(temporary, final)
@@ -45,9 +44,3 @@ def _rename(temporary: Path, final: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from grads_dist.data.extra import Extra
 from grads_dist.data.json_array import JsonArrayFile, check_lone, is_array
 from grads_dist.data.jsonl import JsonlFile
 from grads_dist.data.locate import Source, locate
-from grads_dist.data.records import LayoutError
+from grads_dist.data.records import LayoutError, Starts
 from grads_dist.data.rows import Broken
 from grads_dist.data.scan import Scan, scan_file
 from grads_dist.data.subset import Chosen, Form, Part, subset_form, write_rows, write_shards
@@ -24,6 +26,7 @@ from grads_dist.data.tables import TableFile
 from grads_dist.errors import DataError
 
 _SAMPLE_ROWS = 100
+_THREADS = 8
 
 
 class Corpus:
@@ -53,7 +56,9 @@ class Corpus:
     @staticmethod
     def of(sources: list[Source], config: DataConfig) -> Corpus:
         """Open these files, as `open` does, wherever `config.path` leads by now."""
-        opened = [_open(source, config) for source in sources]
+        # Most of a small file's time is that of the disk, which may serve several of them at once.
+        with ThreadPoolExecutor(_THREADS) as pool:
+            opened = list(pool.map(partial(_open, config=config), sources))
         facts = [
             [source.path.name, scan.size, scan.sha256]
             for source, (_, scan) in zip(sources, opened, strict=True)
@@ -120,11 +125,12 @@ class Corpus:
         `columns`: what of a table's row is read; all by default.
         """
         self._check([start, stop - 1] if start < stop else [])
-        for k, part in enumerate(self._parts):
-            first = int(self._firsts[k])
-            low, high = max(start, first), min(stop, int(self._firsts[k + 1]))
+        # The files that hold them, and no others: asked for each file's rows in turn, this stays linear.
+        held = np.searchsorted(self._firsts, [start, stop - 1], side="right") - 1
+        for k in range(int(held[0]), int(held[1]) + 1) if start < stop else ():
+            first, (low, high) = int(self._firsts[k]), self.part_range(k, start, stop)
             if low < high:
-                yield from enumerate(part.rows(low - first, high - first, columns), low)
+                yield from enumerate(self._parts[k].rows(low - first, high - first, columns), low)
 
     def row(self, index: int) -> dict[str, Any]:
         """The row `index`. Raises DataError if it is not in the corpus or cannot be read."""
@@ -218,6 +224,6 @@ def _open_json(path: Path, config: DataConfig) -> tuple[Part, Scan]:
     return part, scan
 
 
-def _starts(scan: Scan) -> np.ndarray:
+def _starts(scan: Scan) -> Starts:
     assert scan.starts is not None
     return scan.starts

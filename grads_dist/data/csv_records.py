@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from grads_dist.data.records import BYTE_ORDER_MARK, LayoutError, read_slices
+from grads_dist.data.records import BYTE_ORDER_MARK, LayoutError, Starts, read_slices
 from grads_dist.data.rows import Broken
 from grads_dist.errors import DataError
 
@@ -23,7 +23,7 @@ class CsvFile:
 
     schema = None
 
-    def __init__(self, path: Path, starts: np.ndarray) -> None:
+    def __init__(self, path: Path, starts: Starts) -> None:
         """Raises LayoutError when the header cannot be read or names a column twice."""
         self.path = path
         self.num_rows = max(len(starts) - 2, 0)

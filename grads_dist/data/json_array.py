@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from grads_dist.data.records import BYTE_ORDER_MARK, LayoutError, parse_object, read_slices
+from grads_dist.data.records import BYTE_ORDER_MARK, LayoutError, Starts, parse_object, read_slices
 from grads_dist.data.rows import Broken
 
 _OUTSIDE = re.compile(rb'["\[\]{},]')
@@ -23,7 +23,7 @@ class JsonArrayFile:
 
     schema = None
 
-    def __init__(self, path: Path, starts: np.ndarray) -> None:
+    def __init__(self, path: Path, starts: Starts) -> None:
         self.path = path
         self.num_rows = len(starts) - 1
         self._starts = starts

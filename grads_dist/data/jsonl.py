@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from grads_dist.data.records import parse_object, read_slices
+from grads_dist.data.records import Starts, parse_object, read_slices
 from grads_dist.data.rows import Broken
 
 
@@ -19,7 +19,7 @@ class JsonlFile:
 
     schema = None
 
-    def __init__(self, path: Path, starts: np.ndarray) -> None:
+    def __init__(self, path: Path, starts: Starts) -> None:
         self.path = path
         self.num_rows = len(starts) - 1
         self._starts = starts

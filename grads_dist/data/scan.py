@@ -17,7 +17,7 @@ import numpy as np
 from grads_dist.data.cache import publish
 from grads_dist.data.csv_records import record_starts
 from grads_dist.data.json_array import element_starts
-from grads_dist.data.records import BYTE_ORDER_MARK, LayoutError
+from grads_dist.data.records import BYTE_ORDER_MARK, LayoutError, Starts
 from grads_dist.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -35,11 +35,11 @@ _IS_SPACE[list(b" \t\n\r\v\f")] = True
 
 @dataclass(frozen=True)
 class Scan:
-    """What the pass found: sha256 and size in bytes; int64[num_rows + 1] row starts, the last is the end."""
+    """What the pass found: sha256, size in bytes, and of text the num_rows + 1 row starts, the last the end."""
 
     sha256: str
     size: int
-    starts: np.ndarray | None
+    starts: Starts | None
 
 
 def scan_file(path: Path, cache_folder: Path, layout: Layout | None) -> Scan:
@@ -67,7 +67,7 @@ def scan_file(path: Path, cache_folder: Path, layout: Layout | None) -> Scan:
         raise DataError(f"data.path: {str(path)!r} {fault}") from fault
     try:
         digest = json.loads((folder / "scan.json").read_text())["sha256"]
-        starts = np.memmap(folder / "starts.i64", dtype=np.int64, mode="r") if layout else None
+        starts = Starts(folder / "starts.i64") if layout else None
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"data.cache_dir: {str(folder)!r} is damaged ({error}); delete it") from error
     return Scan(digest, state[0], starts)
