@@ -25,8 +25,9 @@ SPARE_FILES = 30
 @pytest.fixture
 def few_open_files() -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    highest = max(int(name) for name in os.listdir("/dev/fd"))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + SPARE_FILES, hard))
+    taken = {int(name) for name in os.listdir("/dev/fd")}
+    free = [number for number in range(soft) if number not in taken]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[SPARE_FILES], hard))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -64,7 +65,6 @@ def test_more_files_than_may_be_open_are_tokenized(tmp_path: Path) -> None:
     one = write_jsonl(tmp_path / "one.jsonl", rows)
     model = make_tokenizer(tmp_path / "model")
     expected = build(tmp_path, one, model)
-    # Loading a tokenizer opens as many files as it likes.
     config = DataConfig(str(tmp_path / "many"), cache_dir=str(tmp_path / "cache"), num_workers=2)
     store = tokenize(config, Corpus.open(config), TokenizerSource(str(model)))
     assert store.num_rows == expected.num_rows == 2 * NUM_FILES

@@ -35,7 +35,8 @@ _IS_SPACE[list(b" \t\n\r\v\f")] = True
 
 @dataclass(frozen=True)
 class Scan:
-    """What the pass found: sha256, size in bytes, and of text the num_rows + 1 row starts, the last the end."""
+    """What the pass found: sha256, size in bytes, and of text the num_rows + 1 row starts, the last is the
+    end."""
 
     sha256: str
     size: int
