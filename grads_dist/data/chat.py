@@ -98,7 +98,8 @@ class ChatEncoder:
                 after = int(marked[-1]) + 1 if len(marked) else int(np.searchsorted(spans.starts, turn.start))
                 inside[after : self._turn_end(spans, text, after, openings)] = True
             return inside
-        special = marked[np.isin(spans.ids[marked], self._special) & (spans.starts[marked] >= turn.text_end)]
+        behind = marked[spans.starts[marked] >= turn.text_end]
+        special = behind[np.isin(spans.ids[behind], self._special)]
         if len(special) and not text[spans.ends[special[-1]] : turn.end].strip():
             # The line break that templates put after the end of a turn is theirs: nobody learns to say it.
             inside[special[-1] + 1 :] = False
