@@ -11,6 +11,7 @@ from grads_dist.model.config import ModelConfig
 from grads_dist.parsing import build, dump_yaml, make_parser, parse
 from grads_dist.probe.config import ProbeConfig
 from grads_dist.runtime.rundir import atomic_write
+from grads_dist.runtime.trackers import TrackerName
 from grads_dist.selection.config import SelectionConfig
 from grads_dist.similarity.config import SimilarityConfig
 
@@ -39,6 +40,9 @@ class Config:
 
     output_dir: str = "run"
     """The run directory."""
+
+    report_to: list[TrackerName] = field(default_factory=list)
+    """Trackers that rank 0 reports to beside the files in logs/: wandb, tensorboard, trackio."""
 
     def __post_init__(self) -> None:
         for name in ("output_dir", "deepspeed"):

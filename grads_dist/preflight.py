@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from grads_dist.config import Config, TableConfig
 from grads_dist.data import locate
 from grads_dist.errors import ConfigError
+from grads_dist.runtime.trackers import check_trackers
 
 if TYPE_CHECKING:
     import torch
@@ -61,8 +62,8 @@ def _absolute(path: str) -> str:
 def check_before_work(config: Config, ranks: Ranks, selecting: bool) -> Config:
     """Raise ConfigError for what would fail later; returns the configuration with rows cut at the context.
 
-    Covers the DeepSpeed file, the model's type and its targets, and with `selecting` what can be told of the
-    selection without a table.
+    Covers the trackers, the DeepSpeed file, the model's type and its targets, and with `selecting` what can
+    be told of the selection without a table.
     """
     from grads_dist.model.anatomy import dissect
     from grads_dist.model.context import within_context
@@ -78,6 +79,7 @@ def check_before_work(config: Config, ranks: Ranks, selecting: bool) -> Config:
     from grads_dist.selection.check import check_selection
     from grads_dist.stats.targets import resolve_targets
 
+    check_trackers(config.report_to)
     text_config = load_text_config(config.model)
     deepspeed = load_deepspeed_config(config.deepspeed)
     dtype = probe_dtype(config.model, deepspeed, ranks.device)
