@@ -111,7 +111,7 @@ def differences(before: Identity, now: Identity) -> str | None:
 
 
 def _models(config: Config) -> dict[str, str]:
-    """Fingerprints of the model, its adapter and the checkpoints that are probed, by the field that names it."""
+    """Fingerprints of the model, its adapter and the checkpoints that are probed, by the fields naming them."""
     from grads_dist.model.fingerprint import fingerprint
     from grads_dist.model.load import load_text_config
 
@@ -129,7 +129,7 @@ def _tokens_hash(store: TokenStore) -> str:
     """sha256 over which rows are used and what their tokens are; `token_hash` is of the tokens themselves."""
     digest = hashlib.sha256()
     for array in (store.index, store.num_tokens, store.token_hash):
-        digest.update(memoryview(np.ascontiguousarray(array)))
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 

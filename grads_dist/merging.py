@@ -71,7 +71,8 @@ def _read(folder: Path) -> Part:
         )
     if not rundir.manifest.is_file():
         raise ConfigError(
-            f"arguments: {str(folder)!r} is not finished (share {identity['share']}); start it again: it goes on"
+            f"arguments: {str(folder)!r} is not finished (share {identity['share']}); start it again, and it "
+            "goes on"
         )
     return Part(rundir, identity, json.loads(rundir.manifest.read_text(encoding="utf-8")))
 
@@ -105,7 +106,7 @@ def _configuration(part: Part, output: RunDir) -> Config:
 
 
 def _join(parts: Sequence[Part], output: RunDir) -> Merged:
-    """Join the tables and what goes with them; every row of the corpus must be in one of them, or rejected."""
+    """Join the tables and what goes with them; every row must be in one of them, or rejected."""
     _join_rejected(parts, output.rejected)
     manifest = parts[0].manifest
     num_rows, num_checkpoints = parts[0].identity["rows"], len(manifest.get("checkpoints", [])) or 1

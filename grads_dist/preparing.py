@@ -199,7 +199,7 @@ def _tokenize(config: Config, data: DataConfig, corpus: Corpus, share: Share | N
         rows = share.rows(corpus.num_rows)
         if not rows:
             raise ConfigError(
-                f"shard: {share} of {corpus.num_rows} rows holds none; allowed: at most {corpus.num_rows} shards"
+                f"shard: {share} of {corpus.num_rows} rows holds none; allowed: at most {corpus.num_rows}"
             )
     return tokenize(data, corpus, source, vocab_size=load_text_config(model).vocab_size, rows=rows)
 

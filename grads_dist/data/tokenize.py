@@ -43,7 +43,8 @@ def tokenize(
     """Tokenize the corpus into the cache, or find it there; for one rank, the others open the store's path.
 
     vocab_size: the model's; rows with a token id beyond it are rejected. rows: which rows of the corpus the
-    store is of, all by default. The store does not depend on the number of processes. Raises ConfigError for a tokenizer, template or cache that cannot be used, DataError
+    store is of, all by default. The store does not depend on the number of processes. Raises ConfigError for
+    a tokenizer, template or cache that cannot be used, DataError
     when the columns fit no format or no row can be used.
     """
     encoding = Encoding(config, tuple(resolve_formats(config, corpus)), tokenizer_source, vocab_size)

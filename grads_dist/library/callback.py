@@ -13,8 +13,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from grads_dist import provenance
-from grads_dist.identity import SCHEMA
 from grads_dist.errors import ConfigError, DataError, GradsDistError
+from grads_dist.identity import SCHEMA
 from grads_dist.library.corpus_link import link_corpus
 from grads_dist.library.epoch_table import EpochTable, finish_table
 from grads_dist.library.recording import DEFAULT_TARGETS, Recording

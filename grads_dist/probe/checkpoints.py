@@ -52,7 +52,7 @@ def last_position(folder: Path) -> Position | None:
         return Position(int(content["step"]), int(content["skipped"]), int(content["world_size"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise GradsDistError(
-            f"{path}: cannot be read ({error}); remove this checkpoint's folder to go on from an earlier state"
+            f"{path}: cannot be read ({error}); remove the checkpoint's folder to start the epoch anew"
         ) from None
 
 
@@ -99,7 +99,6 @@ class Checkpoints:
             return
         temporary = self._folder / f".tmp-{name}"
         ranks.on_main(lambda: self._clear(temporary))
-        # What belongs to the model and is not trained is where it came from.
         _save(self._session.engine, self._folder, temporary.name)
         ranks.barrier()
         position = Position(step, self._session.num_skipped, ranks.world_size)
@@ -155,6 +154,7 @@ def _name(step: int) -> str:
 
 
 def _save(engine: Any, folder: Path, tag: str) -> None:
+    # Weights that are not trained are where they came from.
     frozen = any(not p.requires_grad for p in engine.module.parameters())
     engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=frozen)
 
@@ -175,7 +175,7 @@ def _safe_engine(engine: Any) -> Any:
 
     if type(engine) is not TorchCheckpointEngine:
         raise ConfigError(
-            f"deepspeed: checkpoints by {type(engine).__name__} are not supported; allowed: the default engine"
+            f"deepspeed: checkpoints by {type(engine).__name__} are not supported; allowed: the default"
         )
     safe = SafeCheckpointEngine()
     safe.zipfile_serialization = engine.zipfile_serialization

@@ -1,4 +1,4 @@
-"""Out of memory: told from other failures, answered by smaller batches, and met before the work if it can be."""
+"""Out of memory: told from other failures, answered by smaller batches, met before the work if it can be."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The optimizer steps of the preliminary epoch, with statistics of the micro-batches as they are trained on."""
+"""Optimizer steps of the preliminary epoch, with statistics of the micro-batches as they are trained on."""
 
 from __future__ import annotations
 

@@ -105,8 +105,8 @@ def frozen_plan(
 ) -> Plan:
     """Units of `shard_rows` rows of similar length, out of `rows` (ascending), less what is done already.
 
-    Which rows a unit has, and their order in it, depends on neither `batch_tokens` nor `done`: a run may go on
-    from shards that were written with other batches.
+    Which rows a unit has, and their order in it, depends on neither `batch_tokens` nor `done`: a run may go
+    on from shards that were written with other batches.
 
     Raises ValueError for spans in `done` that are of another plan.
     """

@@ -11,9 +11,9 @@ import numpy as np
 
 from grads_dist.config import Config
 from grads_dist.data.store import TokenStore
-from grads_dist.probe.config import gradient_files
 from grads_dist.errors import GradsDistError
 from grads_dist.probe.checkpoints import Checkpoints
+from grads_dist.probe.config import gradient_files
 from grads_dist.probe.features import content_projection
 from grads_dist.probe.passes import train_pass
 from grads_dist.probe.plan import Plan, frozen_plan, train_plan

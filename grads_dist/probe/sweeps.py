@@ -1,4 +1,4 @@
-"""Sweeps: passes over rows in any order, at weights that do not change, which can go on where they stopped."""
+"""Sweeps: passes over rows in any order, at fixed weights, which can go on where they stopped."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ class _Sweep:
         self.work.scores.reject(row, reason)
 
     def _flush(self, group: int, start: int, stop: int) -> None:
-        """Write the rows `start` to `stop` of a group; the table last, since it is what counts as complete."""
+        """Write the rows `start` to `stop` of a group; the table last, since it says what is complete."""
         assert self.plan.spans is not None
         unit, first, _ = self.plan.spans[group].tolist()
         name = span_name(Span(unit, first + start, first + stop))

@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 tests/distributed/resume_worker.py jobs.json
 
-An entry holds the program's arguments and, each optional: `stop_after`, after so many micro-batches of a rank it is
-as if a signal had asked it to stop; `room`, a batch with more padded tokens than this runs out of memory; `spoil`,
-the rows of the store whose gradients are infinite. What came of it goes to `outcome`, of rank 0.
+An entry holds the program's arguments and, each optional: `stop_after`, after so many micro-batches of a rank
+it is as if a signal had asked it to stop; `room`, a batch with more padded tokens than this runs out of memory;
+`spoil`, the rows of the store whose gradients are infinite. What came of it goes to `outcome`, of all ranks.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def spoiling(rows: list[int]) -> Iterator[None]:
 
 
 def attempt(job: dict) -> dict:
-    """Run one job; returns its exit code, the message of its error or the program's text, and the rows seen."""
+    """Run one job; returns its exit code, the error's message or the program's text, and the rows seen."""
     with (
         stopping_after(job.get("stop_after")),
         short_of_memory(job.get("room")),

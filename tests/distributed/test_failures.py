@@ -115,7 +115,9 @@ def test_a_row_that_does_not_fit_alone_is_rejected_with_its_reason(jobs):
     np.testing.assert_allclose(features, whole[kept], rtol=2.0**-9, atol=2.0**-9)
 
 
-@pytest.mark.parametrize(("name", "truth", "bound"), [("sharded", "whole", BOUND), ("train", "trained", TRAINED_BOUND)])
+@pytest.mark.parametrize(
+    ("name", "truth", "bound"), [("sharded", "whole", BOUND), ("train", "trained", TRAINED_BOUND)]
+)
 def test_where_passes_are_collective_the_next_start_has_smaller_batches(jobs, name, truth, bound):
     codes, text = jobs.outcome(f"{name}-1")
     assert codes == [4, 4]

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from score_tables import faults_between, numels, read_features, read_scores
 from workspace import launch, make_model, make_rows, run_arguments, write_jsonl, write_stage
