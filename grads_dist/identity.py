@@ -49,6 +49,14 @@ class Share:
         return f"{self.number}/{self.count}"
 
 
+def hash_tokens(index: np.ndarray, num_tokens: np.ndarray, token_hash: np.ndarray) -> str:
+    """sha256 over which rows are used, their lengths, and hashes of their tokens."""
+    digest = hashlib.sha256()
+    for array, kind in ((index, "<i8"), (num_tokens, "<i4"), (token_hash, "<i8")):
+        digest.update(np.ascontiguousarray(array, dtype=kind).data)
+    return digest.hexdigest()
+
+
 def identify(
     config: Config,
     corpora: dict[str, tuple[str, TokenStore]],
@@ -75,7 +83,10 @@ def identify(
         "models": _models(config),
         "deepspeed": deepspeed,
         "corpora": {name: fingerprint for name, (fingerprint, _) in corpora.items()},
-        "tokens": {name: _tokens_hash(store) for name, (_, store) in corpora.items()},
+        "tokens": {
+            name: hash_tokens(store.index, store.num_tokens, store.token_hash)
+            for name, (_, store) in corpora.items()
+        },
         "rows": num_rows,
         "usable_rows": corpora["data.path"][1].num_rows,
         "share": None if share is None else str(share),
@@ -111,7 +122,7 @@ def differences(before: Identity, now: Identity) -> str | None:
 
 
 def _models(config: Config) -> dict[str, str]:
-    """Fingerprints of the model, its adapter and the checkpoints that are probed, by the fields naming them."""
+    """Fingerprints of the model, its adapter and the probed checkpoints, by the fields that name them."""
     from grads_dist.model.fingerprint import fingerprint
     from grads_dist.model.load import load_text_config
 
@@ -123,14 +134,6 @@ def _models(config: Config) -> dict[str, str]:
     for number, name in enumerate(config.probe.checkpoints):
         found[f"probe.checkpoints[{number}]"] = fingerprint(name, None, None)
     return found
-
-
-def _tokens_hash(store: TokenStore) -> str:
-    """sha256 over which rows are used and what their tokens are; `token_hash` is of the tokens themselves."""
-    digest = hashlib.sha256()
-    for array in (store.index, store.num_tokens, store.token_hash):
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
 
 
 def _changes(before: Any, now: Any, key: str) -> list[tuple[str, Any, Any]]:

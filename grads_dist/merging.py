@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from grads_dist import provenance
 from grads_dist.config import Config, load_config, save_config
 from grads_dist.errors import ConfigError, DataError
-from grads_dist.identity import Identity, differences, read_identity, write_identity
+from grads_dist.identity import Identity, differences, hash_tokens, read_identity, write_identity
 from grads_dist.preparing import write_json
 from grads_dist.runtime.lock import RunLock
 from grads_dist.runtime.rundir import RunDir, atomic_write
@@ -161,17 +163,26 @@ def _rejected(output: RunDir) -> int:
     return len(_rejected_rows(output.rejected))
 
 
+def _hash_tokens(output: RunDir) -> str:
+    """What a run over the whole corpus would say of its tokens."""
+    table = pq.read_table(output.scores, columns=["index", "num_tokens", "token_hash", "checkpoint"])
+    table = table.filter(pc.equal(table["checkpoint"], 0))
+    return hash_tokens(*(table[name].to_numpy() for name in ("index", "num_tokens", "token_hash")))
+
+
 def _say_how(parts: Sequence[Part], output: RunDir, config: Config, merged: Merged) -> None:
     """Write what says that the run is complete, and how it came about; the manifest last."""
     save_config(config, output.config)
-    write_identity({**parts[0].identity, "share": None}, output.started)
+    tokens = {**parts[0].identity["tokens"], "data.path": _hash_tokens(output)}
+    whole = {"share": None, "tokens": tokens, "usable_rows": len(merged.index)}
+    write_identity({**parts[0].identity, **whole}, output.started)
     write_json(output.environment, provenance.environment(1, "none", "merge"))
     manifests = [part.manifest for part in parts]
     counts = {key: sum(manifest["lm_head"][key] for manifest in manifests) for key in manifests[0]["lm_head"]}
-    whole = {
+    summed = {
         "plan": {**manifests[0]["plan"], "rows": len(merged.index)},
         "nonfinite_rows": merged.num_nonfinite,
         "lm_head": counts,
         "merged": [str(part.rundir.root) for part in parts],
     }
-    write_json(output.manifest, {**manifests[0], **whole})
+    write_json(output.manifest, {**manifests[0], **summed})

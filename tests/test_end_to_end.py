@@ -66,6 +66,8 @@ def test_every_file_is_there(finished):
         "selection/default/dataset_info.json",
         "selection/default/axolotl.yaml",
         "logs/rank-00000.log",
+        "logs/metrics-00000.jsonl",
+        "started.json",
     }
     assert any(name.startswith("scores/shard-") for name in files)
     assert any(name.startswith("features/content/shard-") for name in files)
@@ -113,7 +115,7 @@ def test_subset_holds_the_original_lines(finished, folder):
 
 def test_manifest_and_environment(finished):
     manifest, environment = read_json(finished / "manifest.json"), read_json(finished / "environment.json")
-    assert manifest["schema"] == 1
+    assert manifest["schema"] == 2
     assert manifest["targets"]["embedding"]["numel"] == manifest["targets"]["lm_head"]["numel"] > 0
     assert manifest["features"] == {"content": {"weights": "initial"}}
     assert manifest["plan"]["rows"] == NUM_ROWS and manifest["plan"]["optimizer_steps"] == 4
@@ -131,11 +133,21 @@ def test_the_saved_configuration_repeats_the_run(finished, folder):
         assert (replay / name).read_bytes() == (finished / name).read_bytes(), name
 
 
-def test_a_run_is_not_overwritten_unasked(finished, folder):
+def test_a_finished_run_is_not_made_again(finished, folder):
+    paths = [finished / "scores.parquet", finished / "manifest.json", *(finished / "scores").iterdir()]
+    before = {path: path.stat() for path in paths}
+    done = run_program("run", *run_arguments(folder, "run", selection__fraction=0.3))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"probed {NUM_ROWS} rows by an earlier start: ")
+    assert {path: path.stat() for path in paths} == before
+
+
+def test_another_run_in_its_place_is_refused(finished, folder):
     before = (finished / "scores.parquet").read_bytes()
-    done = run_program("run", *run_arguments(folder, "run"))
-    assert_one_line(done.returncode, done.stderr, 2, "output_dir")
+    done = run_program("run", *run_arguments(folder, "run", data__max_length=40))
+    assert_one_line(done.returncode, done.stderr, 2, "data.max_length was 48 and is 40")
     assert (finished / "scores.parquet").read_bytes() == before
+    assert not (finished / ".lock").exists()
 
 
 SELECT_ALONE = """

@@ -137,8 +137,8 @@ class RunDir:
         results = [name for name in found if name in _RESULTS]
         if results and not overwrite and not (resumable and self.started.is_file()):
             raise ConfigError(
-                f"output_dir: {str(self.root)!r} holds results already ({results[0]}), and no run that could "
-                "go on; allowed: another folder, or --overwrite to replace them"
+                f"output_dir: {str(self.root)!r} holds a run already ({results[0]}); "
+                "allowed: another folder, or --overwrite to replace it"
             )
 
     def mark(self) -> None:
