@@ -36,7 +36,7 @@ INTERVAL = 2.0
 """Seconds between signs of life."""
 PATIENCE = 15.0
 """Seconds without a sign of life after which a rank is gone."""
-PATIENCE_ELSEWHERE = 40.0
+PATIENCE_ELSEWHERE = 35.0
 """The same for a rank that is in no pass: imports and C code may keep its threads from running."""
 ANSWER_WITHIN = 15.0
 """Seconds in which the store must answer."""
