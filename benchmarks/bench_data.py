@@ -10,7 +10,8 @@ and the start of the processes. `map` is what one would use instead: `datasets.D
 store's. Reading the file into the dataset (`load_dataset`) is timed apart. `train` and `frozen` are what a
 rank does apart from the model: open the store, make the plan, and collate all of its micro-batches.
 
-Memory: see memory_watch.py.
+Processor time is that of the process and of those it starts; it says more than seconds where other programs
+are busy. Memory: see memory_watch.py.
 """
 
 from __future__ import annotations
@@ -30,15 +31,18 @@ from chat_corpus import make_tokenizer, write_jsonl, write_parquet
 from report import format_table, provenance, write_csv
 
 COLUMNS = (
-    "step files num_rows processes seconds seconds_min seconds_max repeats rows_per_s tokens_per_s "
-    "num_tokens disk_bytes anon_peak_mib anon_end_mib file_mib child_peak_mib device threads cpu_model "
-    "torch deepspeed transformers datasets tokenizers commit date"
+    "step files num_rows processes seconds seconds_min seconds_max repeats cpu_seconds rows_per_s "
+    "rows_per_cpu_s tokens_per_s num_tokens disk_bytes anon_peak_mib anon_end_mib file_mib child_peak_mib "
+    "device threads cpu_model torch deepspeed transformers datasets tokenizers commit date"
 ).split()
-TABLE = "step files num_rows processes seconds rows_per_s anon_peak_mib anon_end_mib child_peak_mib".split()
+TABLE = (
+    "step files num_rows processes seconds cpu_seconds rows_per_s rows_per_cpu_s anon_peak_mib anon_end_mib "
+    "child_peak_mib"
+).split()
 FILES = {"1 jsonl": 1, "200 jsonl": 200, "1 parquet": 1}
 SIZES, SMOKE_SIZES = [10**4, 10**5, 10**6], [200, 400]
-LARGE = 10**6
-"""From here on, what grows with the rows alone is measured once: one file, two processes, no repeats."""
+ALL_BELOW, REPEATED_BELOW = 10**5, 10**6
+"""Below the first, every kind of file and both numbers of processes; below the second, repeats and the rival."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -70,13 +74,14 @@ def measure_size(data: Path, num_rows: int, repeats: int) -> list[dict[str, obje
     """All steps at one size; what is compared is repeated in turns."""
     folder = data / str(num_rows)
     make_corpora(folder, num_rows)
-    large = num_rows >= LARGE
-    kinds = [("1 jsonl", 1), ("1 jsonl", 2), ("200 jsonl", 2), ("1 parquet", 2)]
-    steps = [("open", files, 1) for files in FILES]
-    steps += [("tokenize", *kind) for kind in kinds if not large or kind == ("1 jsonl", 2)]
-    steps += [] if large else [("map", "1 jsonl", 1), ("map", "1 jsonl", 2)]
+    kinds = [("1 jsonl", 2)]
+    if num_rows < ALL_BELOW:
+        kinds += [("1 jsonl", 1), ("200 jsonl", 2), ("1 parquet", 2)]
+    steps = [("open", files, 1) for files in FILES] + [("tokenize", *kind) for kind in kinds]
+    if num_rows < REPEATED_BELOW:
+        steps += [("map", *kind) for kind in kinds if kind[0] == "1 jsonl"]
     found: dict[tuple[str, str, int], list[dict]] = {}
-    for _ in range(1 if large else repeats):
+    for _ in range(repeats if num_rows < REPEATED_BELOW else 1):
         for step in steps:
             for one in measured(folder, *step):
                 found.setdefault((one.pop("step", step[0]), *step[1:]), []).append(one)
@@ -100,6 +105,8 @@ def line(key: tuple[str, str, int], num_rows: int, results: list[dict]) -> dict[
     seconds = [one["seconds"] for one in results]
     median = float(np.median(seconds))
     num_tokens = results[0].get("num_tokens")
+    used = [one["cpu_seconds"] for one in results if "cpu_seconds" in one]
+    cpu = float(np.median(used)) if used else None
     names = "disk_bytes anon_peak_mib anon_end_mib file_mib child_peak_mib".split()
     return {
         **dict(zip(("step", "files", "processes"), key, strict=True)),
@@ -108,7 +115,9 @@ def line(key: tuple[str, str, int], num_rows: int, results: list[dict]) -> dict[
         "seconds_min": min(seconds),
         "seconds_max": max(seconds),
         "repeats": len(results),
+        "cpu_seconds": cpu,
         "rows_per_s": num_rows / median,
+        "rows_per_cpu_s": num_rows / cpu if cpu else None,
         "tokens_per_s": num_tokens / median if num_tokens else None,
         "num_tokens": num_tokens,
         **{name: max((one[name] for one in results if name in one), default=None) for name in names},

@@ -34,7 +34,7 @@ def measure_open(folder: Path, files: str, processes: int) -> list[dict]:
                 start = time.perf_counter()
                 Corpus.open(DataConfig(str(folder / files), cache_dir=cache))
                 seconds = time.perf_counter() - start
-            results.append({"step": step, "seconds": seconds, "anon_peak_mib": watch.peak_mib})
+            results.append({"step": step, "seconds": seconds, "cpu_seconds": watch.cpu_seconds})
     return results
 
 
@@ -56,6 +56,7 @@ def measure_tokenize(folder: Path, files: str, processes: int) -> list[dict]:
     return [
         {
             "seconds": seconds,
+            "cpu_seconds": watch.cpu_seconds,
             "num_tokens": store.meta["num_tokens"],
             "disk_bytes": sum(path.stat().st_size for path in store.path.iterdir()),
             "anon_peak_mib": watch.peak_mib,
@@ -72,28 +73,34 @@ def measure_map(folder: Path, files: str, processes: int) -> list[dict]:
     datasets.disable_progress_bars()
     store = TokenStore.open(Path((folder / "store.txt").read_text()))
     path = str(folder / files / "000000.jsonl")
-    with tempfile.TemporaryDirectory(dir=folder) as cache, MemoryWatch() as watch:
-        start = time.perf_counter()
-        rows = datasets.load_dataset("json", data_files=path, split="train", cache_dir=cache)
-        loaded = time.perf_counter()
-        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    with tempfile.TemporaryDirectory(dir=folder) as cache:
+        with MemoryWatch() as load:
+            start = time.perf_counter()
+            rows = datasets.load_dataset("json", data_files=path, split="train", cache_dir=cache)
+            loaded = time.perf_counter()
+        with MemoryWatch() as watch:
+            tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
 
-        def encode(batch: dict) -> dict:
-            found = tokenizer.apply_chat_template(
-                batch["messages"], return_dict=True, return_assistant_tokens_mask=True
-            )
-            return {"input_ids": found["input_ids"], "assistant_masks": found["assistant_masks"]}
+            def encode(batch: dict) -> dict:
+                found = tokenizer.apply_chat_template(
+                    batch["messages"], return_dict=True, return_assistant_tokens_mask=True
+                )
+                return {"input_ids": found["input_ids"], "assistant_masks": found["assistant_masks"]}
 
-        num_proc = processes if processes > 1 else None
-        encoded = rows.map(encode, batched=True, num_proc=num_proc, remove_columns=rows.column_names)
-        seconds = time.perf_counter() - loaded
+            num_proc = processes if processes > 1 else None
+            encoded = rows.map(encode, batched=True, num_proc=num_proc, remove_columns=rows.column_names)
+            seconds = time.perf_counter() - loaded
         check_equal(store, encoded)
-    mapped = {
-        "seconds": seconds,
-        "num_tokens": store.meta["num_tokens"],
-        "child_peak_mib": watch.children_mib,
-    }
-    return [{"step": "load_dataset", "seconds": loaded - start}, mapped | {"anon_peak_mib": watch.peak_mib}]
+    return [
+        {"step": "load_dataset", "seconds": loaded - start, "cpu_seconds": load.cpu_seconds},
+        {
+            "seconds": seconds,
+            "cpu_seconds": watch.cpu_seconds,
+            "num_tokens": store.meta["num_tokens"],
+            "anon_peak_mib": watch.peak_mib,
+            "child_peak_mib": watch.children_mib,
+        },
+    ]
 
 
 def check_equal(store: TokenStore, encoded: Sequence[dict]) -> None:
@@ -134,10 +141,16 @@ def measure_rank(folder: Path, mode: str) -> list[dict]:
         {
             "step": f"{mode} plan",
             "seconds": planned - opened,
+            "cpu_seconds": watch.cpu_seconds,
             "anon_peak_mib": plan_peak,
             "anon_end_mib": plan_held,
         },
-        {"step": f"{mode} batches", "seconds": walked - planned, **walked_mib},
+        {
+            "step": f"{mode} batches",
+            "seconds": walked - planned,
+            "cpu_seconds": walk.cpu_seconds,
+            **walked_mib,
+        },
     ]
 
 

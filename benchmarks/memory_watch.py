@@ -1,4 +1,4 @@
-"""Memory of this process and of the processes it starts, watched from a thread.
+"""Memory and processor time of this process and of the processes it starts; memory is watched from a thread.
 
 Anonymous memory is what a process holds for itself. Pages of mapped files are shared between the processes
 that map them, and the kernel takes them back when memory runs short: they are told apart.
@@ -6,6 +6,7 @@ that map them, and the kernel takes them back when memory runs short: they are t
 
 from __future__ import annotations
 
+import resource
 import threading
 from pathlib import Path
 
@@ -14,6 +15,9 @@ _EVERY = 0.02
 
 class MemoryWatch:
     """Peak of the anonymous memory of this process above that at the start, and of its children's, in MiB."""
+
+    cpu_seconds = 0.0
+    """Processor time of what ran inside, with that of children that have ended."""
 
     def __init__(self) -> None:
         self._done = threading.Event()
@@ -24,10 +28,12 @@ class MemoryWatch:
         """The largest peak of resident memory of one child, its imports included; 0 without any."""
 
     def __enter__(self) -> MemoryWatch:
+        self._cpu_start = cpu_seconds()
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.cpu_seconds = cpu_seconds() - self._cpu_start
         self._done.set()
         self._thread.join()
         self._look()
@@ -51,6 +57,12 @@ class MemoryWatch:
         for child in _children():
             # A child that has just ended has no status.
             self.children_mib = max(self.children_mib, status_mib(child, "VmHWM"))
+
+
+def cpu_seconds() -> float:
+    """Processor time so far of this process and of its children that have ended."""
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def status_mib(process: str, field: str) -> float:

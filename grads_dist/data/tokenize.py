@@ -29,7 +29,7 @@ from grads_dist.errors import DataError, GradsDistError
 logger = logging.getLogger(__name__)
 
 # A process takes seconds to start, so it must have that many rows to do before another one is worth it.
-_ROWS_WORTH_A_PROCESS = 5000
+_ROWS_WORTH_A_PROCESS = 10_000
 _CHUNKS_PER_WORKER = 4
 
 

@@ -11,7 +11,6 @@ import importlib
 import importlib.util
 import logging
 import os
-import sqlite3
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -176,10 +175,16 @@ class _Trackio:
             self._finish()
 
 
+def _trackio_failures(_: Any) -> _Failures:
+    import sqlite3
+
+    return (OSError, RuntimeError, sqlite3.Error)
+
+
 _KINDS: dict[TrackerName, _Kind] = {
     "tensorboard": _Kind("torch.utils.tensorboard", _TensorBoard, lambda _: (OSError,)),
     "wandb": _Kind("wandb", _Wandb, lambda module: (module.Error, OSError)),
-    "trackio": _Kind("trackio", _Trackio, lambda _: (OSError, RuntimeError, sqlite3.Error)),
+    "trackio": _Kind("trackio", _Trackio, _trackio_failures),
 }
 
 
