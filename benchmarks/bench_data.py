@@ -42,7 +42,7 @@ TABLE = (
 FILES = {"1 jsonl": 1, "200 jsonl": 200, "1 parquet": 1}
 SIZES, SMOKE_SIZES = [10**4, 10**5, 10**6], [200, 400]
 ALL_BELOW, REPEATED_BELOW = 10**5, 10**6
-"""Below the first, every kind of file and both numbers of processes; below the second, repeats and the rival."""
+"""Below the first all kinds of files and numbers of processes; below the second the rival, and repeats."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", type=int, nargs="+", help="numbers of rows; default: 10^4, 10^5, 10^6")
-    parser.add_argument("--repeats", type=int, default=2, help="of everything under 10^6 rows, in turns")
+    parser.add_argument("--repeats", type=int, default=2, help="of what is compared, in turns")
     parser.add_argument("--data", type=Path, help="folder for corpora and caches; default: a temporary one")
     parser.add_argument("--smoke", action="store_true", help="toy sizes; the numbers mean nothing")
     parser.add_argument("--out", help="folder of the CSV; default: benchmarks/results, temporary in smoke")

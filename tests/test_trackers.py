@@ -145,6 +145,39 @@ def test_wandb_runs_offline(tmp_path: Path, monkeypatch):
     assert all(text in content for text in (b"probe/loss", b"myrun", b"grads_dist", b"frozen"))
 
 
+KILL_WANDB = """
+import os, pathlib, signal, sys, time
+from grads_dist.runtime.trackers import open_trackers
+trackers = open_trackers(["wandb"], {}, pathlib.Path(sys.argv[1]), "myrun")
+trackers.log({"loss": 1.0}, 1)
+children = pathlib.Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+for child in children:
+    if b"wandb" in pathlib.Path(f"/proc/{child}/cmdline").read_bytes():
+        os.kill(int(child), signal.SIGKILL)
+for step in range(100):
+    trackers.log({"loss": 1.0}, step)
+    if not trackers.names:
+        break
+    time.sleep(0.1)
+trackers.close()
+print("went on")
+"""
+
+
+@needs("wandb")
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc to find the service by")
+def test_a_run_goes_on_when_the_service_of_wandb_dies(tmp_path: Path):
+    done = subprocess.run(
+        [sys.executable, "-c", KILL_WANDB, str(tmp_path)],
+        env=clean_environment(WANDB_MODE="offline", WANDB_SILENT="true"),
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (0, "went on\n"), done.stderr
+    assert done.stderr.count("report_to: wandb failed") == 1
+
+
 @needs("wandb")
 def test_wandb_without_a_key_is_refused_in_one_line(tmp_path: Path, monkeypatch):
     import wandb
