@@ -55,7 +55,7 @@ def test_spans_of_another_plan_are_refused(span):
     st.data(),
 )
 def test_a_plan_goes_on_with_other_batches(num_tokens, shard_rows, budget, other_budget, data):
-    """What an earlier start has written of each unit, with its own batches, is left out; the rest is there."""
+    """What an earlier start has written of each unit, with its own batches, is left out."""
     everything = np.arange(len(num_tokens))
     whole = frozen_plan(num_tokens, everything, shard_rows, budget)
     done, rows_done = [], []
