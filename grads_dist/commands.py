@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 from grads_dist.config import Config, TableConfig
 from grads_dist.errors import ConfigError
+from grads_dist.estimate.hardware import KNOWN
+from grads_dist.estimate.options import Options
 from grads_dist.identity import Share
 from grads_dist.parsing import build, make_parser, parse, take_flags, values_of
 from grads_dist.runtime.launcher import detect
@@ -183,6 +185,20 @@ def _prepare_inspect(args: Sequence[str]) -> Action:
     return action
 
 
+def _prepare_estimate(args: Sequence[str]) -> Action:
+    flags, args = take_flags(_flags(*_FLAGS_OF["estimate"]), args)
+    options = Options(flags.sample, flags.ranks, flags.hardware, flags.calibrate, flags.json)
+    config = _configure("estimate", args, Config)
+    _require_model(config)
+
+    def action() -> str | None:
+        from grads_dist.estimate.estimate import estimate
+
+        return estimate(config, options)
+
+    return action
+
+
 def _prepare_demo(args: Sequence[str]) -> Action:
     names = ("--output_dir", "--processes", "--overwrite")
     flags, rest = take_flags(_flags(*names, command="demo"), args)
@@ -211,6 +227,7 @@ COMMANDS = {
     "merge": Command("join runs that probed shares of one corpus", _prepare_merge, False),
     "status": Command("tell how far a run is, whether it runs or not", _prepare_status, False),
     "inspect": Command("show how rows are formatted and which tokens carry loss", _prepare_inspect, False),
+    "estimate": Command("say what a probe will cost: tokens, time, memory, disk", _prepare_estimate, False),
     "demo": Command("the whole job on a corpus and a model that need no download", _prepare_demo, False),
 }
 
@@ -226,6 +243,11 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "nargs": "*",
         "help": "only show these selections of the output directory side by side, all without names",
     },
+    "--sample": {"type": int, "default": 2000, "help": "rows of the corpus to tokenize"},
+    "--ranks": {"type": int, "help": "ranks of the planned run"},
+    "--hardware": {"help": "the device of a rank: " + ", ".join(KNOWN)},
+    "--calibrate": {"action": "store_true", "help": "time real batches on this machine"},
+    "--json": {"action": "store_true", "help": "print JSON"},
     "--processes": {"type": int, "default": 2, "help": "ranks to start"},
 }
 _FLAGS_OF = {
@@ -233,6 +255,7 @@ _FLAGS_OF = {
     "probe": ("--overwrite", "--shard"),
     "select": ("--table", "--features", "--compare"),
     "inspect": ("--count",),
+    "estimate": ("--sample", "--ranks", "--hardware", "--calibrate", "--json"),
 }
 
 

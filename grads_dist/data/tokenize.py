@@ -50,7 +50,7 @@ def tokenize(
     encoding = Encoding(config, tuple(resolve_formats(config, corpus)), tokenizer_source, vocab_size)
     encoder = RowEncoder(encoding)
     rows = range(corpus.num_rows) if rows is None else rows
-    folder = config.cache_folder() / "tokens" / _key(encoding, encoder, corpus, rows)
+    folder = _folder(encoding, encoder, corpus, rows)
     logger.info("rows are %s, loss on %s", encoding.kinds, encoder.mask)
     if (folder / META).exists():
         logger.info("tokens found in the cache: %s", folder)
@@ -67,6 +67,19 @@ def tokenize(
     return store
 
 
+def cached(
+    config: DataConfig, corpus: Corpus, tokenizer_source: TokenizerSource, vocab_size: int | None = None
+) -> TokenStore | None:
+    """What `tokenize` would find in the cache; None where it would have to tokenize."""
+    encoding = Encoding(config, tuple(resolve_formats(config, corpus)), tokenizer_source, vocab_size)
+    folder = _folder(encoding, RowEncoder(encoding), corpus, range(corpus.num_rows))
+    return TokenStore.open(folder) if (folder / META).exists() else None
+
+
+def _folder(encoding: Encoding, encoder: RowEncoder, corpus: Corpus, rows: range) -> Path:
+    return encoding.config.cache_folder() / "tokens" / _key(encoding, encoder, corpus, rows)
+
+
 Chunk = tuple[str, int, int]
 """Name, first row, end."""
 
@@ -74,13 +87,14 @@ Chunk = tuple[str, int, int]
 def _plan(num_workers: int | None, rows: range) -> list[Chunk]:
     """Contiguous chunks: one if a single process does them, a few a process otherwise."""
     num_rows = len(rows)
-    num_workers = _num_workers(num_workers, num_rows)
+    num_workers = worker_count(num_workers, num_rows)
     count = 1 if num_workers == 1 else min(num_rows, num_workers * _CHUNKS_PER_WORKER)
     edges = [rows.start + num_rows * k // count for k in range(count + 1)]
     return [(f"chunk-{k:05d}", edges[k], edges[k + 1]) for k in range(count)]
 
 
-def _num_workers(num_workers: int | None, num_rows: int) -> int:
+def worker_count(num_workers: int | None, num_rows: int) -> int:
+    """Processes that tokenize a corpus: `num_workers`, else as many as it is worth and there are cores."""
     if num_workers is not None:
         return min(num_workers, num_rows)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -95,7 +109,7 @@ def _run(
         total.add(_encode_chunk(encoding, encoder, corpus, chunks[0], folder))
         return total
     num_rows = chunks[-1][2] - chunks[0][1]
-    num_workers = _num_workers(encoding.config.num_workers, num_rows)
+    num_workers = worker_count(encoding.config.num_workers, num_rows)
     logger.info("tokenizing %d rows in %d processes", num_rows, num_workers)
     for counts in _in_processes((encoding, corpus.sources), chunks, folder, num_workers):
         total.add(counts)

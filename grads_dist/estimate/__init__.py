@@ -1,0 +1,1 @@
+"""Says what a probe will cost before any of it is spent."""
