@@ -51,9 +51,15 @@ class Activations:
 
 
 class _Counter:
-    """Adds up the storages that autograd saves, each once, by the layer whose forward pass runs."""
+    """Adds up the storages that autograd saves, each once, by the layer whose forward pass runs.
 
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
+    Args:
+        parameters: what is there anyway.
+        mask: shape of tensors that a pass with data has none of.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], mask: tuple[int, ...] | None) -> None:
+        self._mask = mask
         self._seen = {p.untyped_storage()._cdata for p in parameters}
         self._kept: list[Tensor] = []  # A freed storage's address would come again.
         self.layer = -1
@@ -62,6 +68,8 @@ class _Counter:
     def save(self, tensor: Tensor) -> Tensor:
         """Count a tensor as autograd packs it."""
         storage = tensor.untyped_storage()
+        if tuple(tensor.shape) == self._mask:
+            return tensor
         if storage._cdata not in self._seen:
             self._seen.add(storage._cdata)
             self._kept.append(tensor)
@@ -105,12 +113,12 @@ def _run(
         if not training:
             model.requires_grad_(False)
         anatomy = dissect(model)
-        counter = _Counter([*model.parameters(), *model.buffers()])
+        counter = _Counter([*model.parameters(), *model.buffers()], _needless_mask(model, length))
         undo = [*_watch_layers(anatomy, counter), *_watch_modules(model, read)]
         ids = torch.zeros(1, length, dtype=torch.int64)
         positions = torch.arange(length)[None]
         with torch.autograd.graph.saved_tensors_hooks(counter.save, lambda tensor: tensor):
-            # Without a mask: a mask of ones is dropped by looking at its values, and here there are none.
+            # A mask of ones would be looked at, to be dropped.
             output = anatomy.body(input_ids=ids, position_ids=positions, use_cache=False)
         hidden = output.last_hidden_state
         for remove in undo:
@@ -125,6 +133,18 @@ def _run(
         capture=0.0,
         boundary=boundary if layers else 0.0,
     )
+
+
+def _needless_mask(model: PreTrainedModel, length: int) -> tuple[int, ...] | None:
+    """The shape of the causal mask that transformers makes for tensors without data.
+
+    With data it finds that there is nothing to mask but the future, which attention kernels know by
+    themselves, unless a window slides.
+    """
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    if model.config._attn_implementation == "eager" or (window and window < length):
+        return None
+    return (1, 1, length, length)
 
 
 def _build(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -37,8 +37,9 @@ def row_bytes(targets: tuple[str, ...], id_bytes: float) -> float:
 def token_bytes(num_rows: float, num_tokens: float, id_bytes: float) -> float:
     """Bytes of the token store."""
     per_token = ARRAYS["tokens"].itemsize + ARRAYS["loss"].itemsize
-    flat = ("tokens", "loss", "id_bytes")
-    per_row = sum(kind.itemsize for name, kind in ARRAYS.items() if name not in flat)
+    # The lengths of ids are kept as offsets alone.
+    others = ("tokens", "loss", "id_bytes", "id_lengths")
+    per_row = sum(kind.itemsize for name, kind in ARRAYS.items() if name not in others)
     per_row += len(OFFSETS) * np.dtype(np.int64).itemsize
     return num_tokens * per_token + num_rows * (per_row + id_bytes)
 
