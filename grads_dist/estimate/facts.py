@@ -146,7 +146,7 @@ def _linear_weights(
     text = anatomy.model.config.get_text_config()
     chosen = getattr(text, "num_experts_per_tok", None) or 1
     shares = {
-        f"{name}.experts.": chosen / len(block.experts)  # type: ignore[arg-type]
+        f"{name}.experts.": chosen / len(list(block.get_submodule("experts").children()))
         for name, block in expert_blocks(anatomy.model).items()
     }
     inside = f"{anatomy.text_part}." if anatomy.text_part else ""

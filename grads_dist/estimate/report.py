@@ -206,7 +206,7 @@ def _memory(memory: dict[str, Any], plan: dict[str, Any]) -> str:
         entries.append(
             (
                 "training state",
-                f"{memory['states'] / 1e9:,.3g} GB over {plan['ranks']} ranks, at stages 1 to 3",
+                f"{memory['states'] / 1e9:,.3g} GB over all ranks, at stages 1 to 3",
             )
         )
     offloaded = [layout for layout in memory["layouts"] if layout["host"]]
