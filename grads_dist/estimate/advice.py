@@ -53,8 +53,9 @@ def advise(
         useful: tokens beyond which some rank has nothing to do.
         checkpointing: whether the configuration checkpoints already.
     """
+    wanted = max(longest, min(configured, useful))
     for recompute in (True,) if checkpointing else (False, True):
-        for tokens in (max(configured, longest), longest):
+        for tokens in (wanted, longest):
             for layout in layouts:
                 if _fits(memory_of(layout, tokens, recompute), memory):
                     return _with_largest(layout, recompute, memory_of, memory, longest, useful)
