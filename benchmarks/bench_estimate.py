@@ -4,7 +4,9 @@
     python benchmarks/bench_estimate.py --smoke    toy sizes, to see that it works
 
 For each configuration the estimate is made first, in a process of its own, then `grads-dist probe` runs for
-real in another; both tokenize anew. The memory is the largest resident memory of the probe above what its
+real in another; both tokenize anew. A third process makes the estimate again by processor time, which is held
+against that of the real run: on a machine that others use as well it tells the estimate's own error from that
+of a load that comes and goes. The memory is the largest resident memory of the probe above what its
 imports take, and is held against the estimate's figure for a rank of a CPU.
 """
 
@@ -14,6 +16,8 @@ import argparse
 import json
 import logging
 import os
+import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,10 +30,12 @@ import torch
 from report import format_table, provenance, write_csv
 from timing import PeakMemory
 
-from grads_dist.config import Config, save_config
+from grads_dist.config import Config, load_config, save_config
 from grads_dist.data.config import DataConfig
 from grads_dist.demo.assets import Assets, Stopwatch, build_assets
 from grads_dist.demo.size import TINY, DemoSize
+from grads_dist.estimate.estimate import measure
+from grads_dist.estimate.options import Options
 from grads_dist.model.config import ModelConfig
 from grads_dist.probe.config import ProbeConfig
 
@@ -45,11 +51,15 @@ LAYOUTS = {"frozen": "frozen, whole on each rank", "train": "ZeRO-2"}
 """Of the estimate's memory, by mode: those of a run without a DeepSpeed file."""
 
 COLUMNS = (
-    "configuration repeat estimated_s real_s ratio start_s features_s probe_s estimated_mib real_mib "
+    "configuration repeat estimated_s real_s ratio estimated_cpu_s real_cpu_s cpu_ratio start_s "
+    "features_s probe_s estimated_mib real_mib "
     "memory_ratio load_estimate load_real rows tokens estimated_tokens batch_tokens model_params device "
     "threads cpu_model torch deepspeed transformers commit date"
 ).split()
-TABLE = "configuration repeat estimated_s real_s ratio estimated_mib real_mib load_estimate load_real".split()
+TABLE = (
+    "configuration repeat estimated_s real_s ratio estimated_cpu_s real_cpu_s cpu_ratio "
+    "estimated_mib real_mib load_estimate load_real"
+).split()
 CPU = torch.device("cpu")
 
 
@@ -66,11 +76,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--smoke", action="store_true", help="toy sizes; the numbers mean nothing")
     parser.add_argument("--out", help="folder of the CSV; default: benchmarks/results, temporary in smoke")
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--by-processor-time", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s")
     log.setLevel(logging.INFO)
     if args.one:
         run_and_measure(Path(args.one))
+        return
+    if args.by_processor_time:
+        config = load_config(Path(args.by_processor_time))
+        found = measure(config, Options(sample=args.sample, calibrate=True), processor_seconds)
+        print(json.dumps(found["calibration"]["total"]))
         return
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -124,18 +140,25 @@ def compare(
     command += ["--sample", str(args.sample)]
     estimate = json.loads(_output(command, environment))
     load_real = os.getloadavg()[0]
-    start = time.perf_counter()
+    start, before = time.perf_counter(), processor_seconds()
     real = json.loads(_output([sys.executable, __file__, "--one", str(config)], environment).splitlines()[-1])
-    seconds = time.perf_counter() - start
+    seconds, processor = time.perf_counter() - start, processor_seconds() - before
+    command = [sys.executable, __file__, "--by-processor-time", str(config), "--sample", str(args.sample)]
+    shutil.rmtree(where / "cache")
+    by_processor = float(_output(command, environment).splitlines()[-1])
     timed, layout = estimate["calibration"], LAYOUTS[str(CONFIGURATIONS[name]["mode"])]
     needed = next(part for part in estimate["memory"]["layouts"] if part["name"] == layout)
     log.info("%s: estimated %.1f s, took %.1f s", name, timed["total"], seconds)
+    log.info("%s: estimated %.1f s of processor time, took %.1f s", name, by_processor, processor)
     return {
         "configuration": name,
         "repeat": repeat,
         "estimated_s": timed["total"],
         "real_s": seconds,
         "ratio": timed["total"] / seconds,
+        "estimated_cpu_s": by_processor,
+        "real_cpu_s": processor,
+        "cpu_ratio": by_processor / processor,
         "start_s": timed["start"],
         "features_s": timed["passes"].get("features"),
         "probe_s": timed["passes"]["probe"],
@@ -167,12 +190,17 @@ def config_of(name: str, where: Path, assets: Assets, size: DemoSize, num_rows: 
     return Config(model=model, data=data, probe=probe, output_dir=str(where / "run"))
 
 
+def processor_seconds() -> float:
+    """User and system time of this process and of those that it has waited for."""
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
 def run_and_measure(config_path: Path) -> None:
     """`grads-dist probe` in this process; prints its peak memory and what it read as JSON."""
     import pyarrow.parquet as pq
 
     from grads_dist.cli import main as program
-    from grads_dist.config import load_config
     from grads_dist.pipeline import probe  # noqa: F401  # before the baseline is taken
     from grads_dist.probe import run  # noqa: F401
 

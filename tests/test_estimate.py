@@ -505,7 +505,7 @@ def test_timed_micro_batches_reach_from_the_smallest_to_the_largest():
 @pytest.mark.parametrize("mode", ["frozen", "train"])
 def test_calibration_adds_up(folder, mode, monkeypatch):
     monkeypatch.setattr("grads_dist.estimate.calibrate.NUM_BATCHES", 4)
-    monkeypatch.setattr("grads_dist.estimate.calibrate._time_imports", lambda config: 1.5)
+    monkeypatch.setattr("grads_dist.estimate.calibrate._time_imports", lambda config, clock: 1.5)
     config = config_of(folder, **{"probe.mode": mode, "data.limit": 120})
     found = measure(config, Options(sample=60, calibrate=True, ranks=2))
     timed = found["calibration"]

@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,6 +47,9 @@ FEWEST = 3
 
 IMPORT_ROUNDS = 2
 
+Clock = Callable[[], float]
+"""Seconds since some moment."""
+
 IMPORTS = "import grads_dist.pipeline, grads_dist.probe.run, grads_dist.data.store"
 
 
@@ -82,7 +86,14 @@ class Calibration:
         return self.start + sum(self.passes.values())
 
 
-def calibrate(config: Config, sample: Sample, passes: list[Pass], ranks: int, checking: float) -> Calibration:
+def calibrate(
+    config: Config,
+    sample: Sample,
+    passes: list[Pass],
+    ranks: int,
+    checking: float,
+    clock: Clock = time.perf_counter,
+) -> Calibration:
     """Load the model, time micro-batches of every pass, and add up; on one rank.
 
     Args:
@@ -91,19 +102,20 @@ def calibrate(config: Config, sample: Sample, passes: list[Pass], ranks: int, ch
         passes: what will be done.
         ranks: ranks of the run.
         checking: seconds that its checks took.
+        clock: what seconds are measured by.
 
     Raises ConfigError when several ranks are running, or the model does not fit here.
     """
     alone = Ranks.start(_alone())
-    imports = _time_imports(config)
+    imports = _time_imports(config, clock)
     at = at_checkpoint(config, 0) if config.probe.checkpoints else config
-    start = time.perf_counter()
+    start = clock()
     try:
         # DeepSpeed prints, and what is printed here is the estimate.
         with redirect_stdout(sys.stderr):
             session = Session(at, alone)
-            loading = time.perf_counter() - start
-            fits = _time_passes(session, config, sample, passes)
+            loading = clock() - start
+            fits = _time_passes(session, config, sample, passes, clock)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"calibrate: the model does not fit on one {alone.device.type} device as configured; allowed: "
@@ -139,14 +151,14 @@ def _device_name(device: torch.device) -> str:
     return f"cpu, {torch.get_num_threads()} threads"
 
 
-def _time_imports(config: Config) -> float:
+def _time_imports(config: Config, clock: Clock) -> float:
     """In processes of their own, the best of them: here all is imported already."""
     code = IMPORTS + (", deepspeed" if config.probe.mode == "train" else "")
     seconds = []
     for _ in range(IMPORT_ROUNDS):
-        start = time.perf_counter()
+        start = clock()
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
         if done.returncode:
             reason = done.stderr.strip().splitlines()[-1:] or ["no message"]
             raise GradsDistError(f"calibrate: a process that imports the probe failed: {reason[0]}")
@@ -159,7 +171,9 @@ def _tokenizing(config: Config, sample: Sample) -> float:
     return sample.seconds * sample.num_rows / sample.num_read / workers
 
 
-def _time_passes(session: Session, config: Config, sample: Sample, passes: list[Pass]) -> dict[str, Fit]:
+def _time_passes(
+    session: Session, config: Config, sample: Sample, passes: list[Pass], clock: Clock
+) -> dict[str, Fit]:
     fits: dict[str, Fit] = {}
     kinds: dict[tuple[str, bool, bool], Fit] = {}
     for work in passes:
@@ -167,7 +181,7 @@ def _time_passes(session: Session, config: Config, sample: Sample, passes: list[
         if kind not in kinds:
             if work.kind == "measure" and config.probe.mode == "train":
                 session.freeze()
-            kinds[kind] = _time_pass(_Timer(session, config, sample, work), work)
+            kinds[kind] = _time_pass(_Timer(session, config, sample, work, clock), work)
         fits[work.name] = kinds[kind]
     return fits
 
@@ -201,7 +215,8 @@ def _time_pass(timer: _Timer, work: Pass) -> Fit:
 class _Timer:
     """Runs single micro-batches of a pass as the probe does, up to where their rows would be written."""
 
-    def __init__(self, session: Session, config: Config, sample: Sample, work: Pass) -> None:
+    def __init__(self, session: Session, config: Config, sample: Sample, work: Pass, clock: Clock) -> None:
+        self._clock = clock
         self._session, self._config, self._sample, self._work = session, config, sample, work
         self._device = session.ranks.device
         projection = content_projection(session.model.anatomy.embedding_dim, config.probe, self._device)
@@ -216,14 +231,14 @@ class _Timer:
         plan, offset = self._work.plan, self._work.batches.start
         planned = plan.batch(offset + k)
         self._wait()
-        start = time.perf_counter()
+        start = self._clock()
         rows = self._work.rows.sample_row[planned]
         weight = 1 / self._config.probe.global_batch if self._work.trains else FROZEN_WEIGHT
         avoid = self._session.model.anatomy.head_counts
         batch = collate(self._sample.tokens, rows, np.full(len(rows), weight), self._device, avoid)
         self._pass(batch, ends_step)
         self._wait()
-        return time.perf_counter() - start
+        return self._clock() - start
 
     def _pass(self, batch: Batch, ends_step: bool) -> None:
         probe, work = self._config.probe, self._work

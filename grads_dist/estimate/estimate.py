@@ -12,7 +12,7 @@ import torch
 
 from grads_dist.config import Config
 from grads_dist.data.tokenizer import TokenizerSource
-from grads_dist.estimate.calibrate import Calibration, calibrate
+from grads_dist.estimate.calibrate import Calibration, Clock, calibrate
 from grads_dist.estimate.disk import disk_use
 from grads_dist.estimate.facts import Facts, model_facts
 from grads_dist.estimate.flops import Flops, flops_of
@@ -56,9 +56,12 @@ def estimate(config: Config, options: Options) -> str:
     return json.dumps(found, indent=2) if options.as_json else report(found)
 
 
-def measure(config: Config, options: Options) -> dict[str, Any]:
-    """The estimate as JSON has it: bytes, seconds, operations and counts by name."""
-    planned = _plan(config, options)
+def measure(config: Config, options: Options, clock: Clock = time.perf_counter) -> dict[str, Any]:
+    """The estimate as JSON has it: bytes, seconds, operations and counts by name.
+
+    `clock` is what seconds are measured by.
+    """
+    planned = _plan(config, options, clock)
     found = {
         "corpus": _corpus(planned),
         "plan": _describe_plan(planned),
@@ -72,13 +75,13 @@ def measure(config: Config, options: Options) -> dict[str, Any]:
     found["disk"] = disk_use(planned.config, planned.facts, usable, tokens, planned.sample.id_bytes)
     if options.calibrate:
         found["calibration"] = _describe_calibration(
-            calibrate(planned.config, planned.sample, planned.passes, planned.ranks, planned.checking)
+            calibrate(planned.config, planned.sample, planned.passes, planned.ranks, planned.checking, clock)
         )
     return found
 
 
-def _plan(config: Config, options: Options) -> Planned:
-    start = time.perf_counter()
+def _plan(config: Config, options: Options, clock: Clock) -> Planned:
+    start = clock()
     here = Ranks.start(detect())
     config = check_before_work(absolute(config), here, selecting=False)
     num_ranks = options.ranks or here.world_size
@@ -97,8 +100,8 @@ def _plan(config: Config, options: Options) -> Planned:
     model = config.model
     source = TokenizerSource(str(model.name_or_path), model.revision, model.trust_remote_code)
     vocab_size = load_text_config(model).vocab_size
-    sample = read_sample(config.data, source, vocab_size, options.sample, config.probe.seed)
-    checking = time.perf_counter() - start - sample.seconds
+    sample = read_sample(config.data, source, vocab_size, options.sample, config.probe.seed, clock)
+    checking = clock() - start - sample.seconds
     rows = rows_of(sample, config.probe.seed)
     passes = planned_passes(config.probe, rows)
     return Planned(config, sample, rows, passes, facts, hardware, dtype, num_ranks, checking)

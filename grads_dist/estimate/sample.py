@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -83,7 +84,14 @@ class EncodedRows:
         return self.rows[i].loss
 
 
-def read_sample(config: DataConfig, source: TokenizerSource, vocab_size: int, size: int, seed: int) -> Sample:
+def read_sample(
+    config: DataConfig,
+    source: TokenizerSource,
+    vocab_size: int,
+    size: int,
+    seed: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Sample:
     """Look at `size` rows of the corpus, all of them where it has no more or the cache holds its tokens.
 
     Raises what `Corpus.open` and `tokenize` raise, and DataError when no sampled row can be used.
@@ -103,12 +111,12 @@ def read_sample(config: DataConfig, source: TokenizerSource, vocab_size: int, si
         )
     encoding = Encoding(config, tuple(resolve_formats(config, corpus)), source, vocab_size)
     encoder = RowEncoder(encoding)
-    start = time.perf_counter()
+    start = clock()
     found = _Reading(encoding, encoder, corpus)
     starts = run_starts(corpus.num_rows, size, seed)
     for run, (first, stop) in enumerate(starts):
         found.read(run, first, stop)
-    return found.sample(len(starts), time.perf_counter() - start)
+    return found.sample(len(starts), clock() - start)
 
 
 def run_starts(num_rows: int, size: int, seed: int) -> list[tuple[int, int]]:
