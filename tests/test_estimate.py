@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -505,7 +506,7 @@ def test_timed_micro_batches_reach_from_the_smallest_to_the_largest():
 @pytest.mark.parametrize("mode", ["frozen", "train"])
 def test_calibration_adds_up(folder, mode, monkeypatch):
     monkeypatch.setattr("grads_dist.estimate.calibrate.NUM_BATCHES", 4)
-    monkeypatch.setattr("grads_dist.estimate.calibrate._time_imports", lambda config, clock: 1.5)
+    monkeypatch.setattr("grads_dist.estimate.calibrate._time_imports", lambda clock: 1.5)
     config = config_of(folder, **{"probe.mode": mode, "data.limit": 120})
     found = measure(config, Options(sample=60, calibrate=True, ranks=2))
     timed = found["calibration"]
@@ -514,6 +515,12 @@ def test_calibration_adds_up(folder, mode, monkeypatch):
     assert timed["imports"] == 1.5 and timed["loading"] > 0
     assert timed["total"] == pytest.approx(timed["start"] + sum(timed["passes"].values()))
     assert not (folder / "run").exists()
+
+
+def test_calibration_of_several_ranks_is_refused(folder, monkeypatch):
+    monkeypatch.setattr("grads_dist.estimate.calibrate.detect", lambda: SimpleNamespace(world_size=2))
+    with pytest.raises(ConfigError, match="calibrate: 2 ranks are running it; allowed: one, and --ranks 2"):
+        measure(config_of(folder), Options(sample=60, calibrate=True))
 
 
 # The command

@@ -107,7 +107,7 @@ def calibrate(
     Raises ConfigError when several ranks are running, or the model does not fit here.
     """
     alone = Ranks.start(_alone())
-    imports = _time_imports(config, clock)
+    imports = _time_imports(clock)
     at = at_checkpoint(config, 0) if config.probe.checkpoints else config
     start = clock()
     try:
@@ -151,13 +151,15 @@ def _device_name(device: torch.device) -> str:
     return f"cpu, {torch.get_num_threads()} threads"
 
 
-def _time_imports(config: Config, clock: Clock) -> float:
-    """In processes of their own, the best of them: here all is imported already."""
-    code = IMPORTS + (", deepspeed" if config.probe.mode == "train" else "")
+def _time_imports(clock: Clock) -> float:
+    """In processes of their own, the best of them: here all is imported already.
+
+    What is imported later, by a model or an engine, is part of what checks and loading take.
+    """
     seconds = []
     for _ in range(IMPORT_ROUNDS):
         start = clock()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=False)
         seconds.append(clock() - start)
         if done.returncode:
             reason = done.stderr.strip().splitlines()[-1:] or ["no message"]

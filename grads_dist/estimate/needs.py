@@ -10,7 +10,7 @@ import torch
 
 from grads_dist.config import Config
 from grads_dist.estimate.activations import count_activations
-from grads_dist.estimate.advice import USABLE, Advice, advise, way_out
+from grads_dist.estimate.advice import USABLE, Advice, MemoryOf, advise, way_out
 from grads_dist.estimate.facts import Facts
 from grads_dist.estimate.hardware import CPU, Hardware
 from grads_dist.estimate.memory import (
@@ -149,7 +149,7 @@ def _useful_tokens(config: Config, passes: list[Pass], ranks: int) -> int:
     return int(sizes.padded.sum() / max(1, len(trained.groups)) / ranks)
 
 
-def _described(layout: Layout, memory_of: Any, batch: Batch, hardware: Hardware) -> dict[str, Any]:
+def _described(layout: Layout, memory_of: MemoryOf, batch: Batch, hardware: Hardware) -> dict[str, Any]:
     plain = memory_of(layout, batch.padded, False)
     recomputed = memory_of(layout, batch.padded, True)
     limit = USABLE * hardware.memory
