@@ -8,12 +8,13 @@ from pathlib import Path
 from grads_dist.data.config import DataConfig
 from grads_dist.errors import ConfigError
 from grads_dist.model.config import ModelConfig
-from grads_dist.parsing import build, dump_yaml, make_parser, parse
+from grads_dist.parsing import build, make_parser, parse
 from grads_dist.probe.config import ProbeConfig
 from grads_dist.runtime.rundir import atomic_write
 from grads_dist.runtime.trackers import TrackerName
 from grads_dist.selection.config import SelectionConfig
 from grads_dist.similarity.config import SimilarityConfig
+from grads_dist.yaml_text import dump_yaml
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,30 @@
 """The failures a user can cause or meet, each with the exit code that the command line gives it."""
 
 
+LONGEST_MESSAGE = 1000
+"""Characters; what an error quotes may be as long as a file."""
+
+
+def one_line(text: str) -> str:
+    """`text` on one line that a terminal shows and does nothing else with.
+
+    It may quote what a file holds: control characters, half surrogates and the like are spelled out.
+    """
+    joined = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in joined)
+
+
 class GradsDistError(Exception):
     """Base of every expected failure; its message is one line that says what is wrong and what to do."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        line = one_line(message)
+        if len(line) > LONGEST_MESSAGE:
+            # The end says what is allowed.
+            line = f"{line[: LONGEST_MESSAGE // 2]} ... {line[-LONGEST_MESSAGE // 3 :]}"
+        super().__init__(line)
 
 
 class ConfigError(GradsDistError):

@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, get_loader, set_dumper, set_loader, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, set_dumper, set_loader, set_parsing_settings
 
 from grads_dist.errors import ConfigError
+from grads_dist.yaml_text import dump_yaml, load_value, map_text, read_document
 
 C = TypeVar("C")
 LONGEST_VALUE = 120
 
 _MODE = "grads_dist"
-# Text that no reader of YAML takes for anything else; more is quoted than has to be.
-_BARE = re.compile(r"[A-Za-z_][\w./-]*", re.ASCII)
 _PLAIN = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
 
 
@@ -29,7 +28,7 @@ def make_parser(prog: str, schema: type, description: str) -> ArgumentParser:
     The line under a field in the dataclass is its help.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    set_loader(_MODE, _load_yaml, (yaml.YAMLError,))
+    set_loader(_MODE, load_value, (yaml.YAMLError,))
     set_dumper(_MODE, dump_yaml)
     parser = ArgumentParser(
         prog=prog, description=description, exit_on_error=False, allow_abbrev=False, parser_mode=_MODE
@@ -47,14 +46,10 @@ def parse(parser: ArgumentParser, args: Sequence[str], schema: type) -> Namespac
         parsed = parser.parse_args(list(args))
     except argparse.ArgumentError as error:
         raise ConfigError(_condense(str(error), schema)) from error
+    _check_nulls({f.name: parsed.get(f.name) for f in _fields(schema)}, schema, "")
     for key, value in list(parsed.items()):
-        parsed[key] = _map_text(value, str)
+        parsed[key] = map_text(value, str)
     return parsed
-
-
-def dump_yaml(content: Any) -> str:
-    """YAML in which all text that could be read as something else, now or by another reader, is quoted."""
-    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def take_flags(flags: argparse.ArgumentParser, args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -85,7 +80,7 @@ def values_of(flag: str, args: Sequence[str]) -> list[str]:
 def check_file(path: str, schema: type) -> None:
     """Raise ConfigError for a file that is missing, is no YAML map, or has keys unknown to `schema`."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = read_document(Path(path))
     except OSError as error:
         raise ConfigError(
             f"config: {path!r} cannot be read ({error.strerror}); allowed: a YAML file"
@@ -93,46 +88,13 @@ def check_file(path: str, schema: type) -> None:
     except yaml.MarkedYAMLError as error:
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"config: {path!r} is not valid YAML ({error.problem}{line})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.YAMLError as error:
         raise ConfigError(f"config: {path!r} is not YAML text ({_one_line(str(error))})") from error
     if content is None:
         raise ConfigError(f"config: {path!r} is empty; allowed: a map with {_names(schema)}")
     if not isinstance(content, Mapping):
         raise ConfigError(f"config: {path!r} holds {_shorten(content)}; allowed: a map with {_names(schema)}")
     _check_keys(content, schema, "")
-
-
-class _Text(str):
-    """Text inside a YAML document: the parser would read a plain `str` as YAML a second time."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes by `_BARE`; PyYAML alone leaves `1e3` bare, which other readers take for a number."""
-
-
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    style = None if _BARE.fullmatch(text) else '"'
-    return dumper.represent_scalar("tag:yaml.org,2002:str", str(text), style=style)
-
-
-_Dumper.add_representer(str, _represent_text)
-_Dumper.add_representer(_Text, _represent_text)
-
-
-def _load_yaml(text: str) -> Any:
-    value = get_loader("yaml")(text)
-    return value if isinstance(value, str) else _map_text(value, _Text)
-
-
-def _map_text(value: Any, kind: type[str]) -> Any:
-    """The same value with all text in it, keys of maps aside, of type `kind`."""
-    if isinstance(value, str):
-        return kind(value)
-    if isinstance(value, dict):
-        return {k: _map_text(v, kind) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_map_text(v, kind) for v in value)
-    return value
 
 
 def describe(hint: Any) -> str:
@@ -167,9 +129,35 @@ def _check_keys(content: Mapping[Any, Any], schema: type, prefix: str) -> None:
     for key, value in content.items():
         hint = field_type(schema, str(key)) if "." not in str(key) else None
         if hint is None:
-            raise _unknown(f"{prefix}{key}", _shorten(value), schema, _place(prefix.rstrip(".")))
-        if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-            _check_keys(value, typing.cast(type, hint), f"{prefix}{key}.")
+            raise _unknown(f"{prefix}{_name(key)}", _shorten(value), schema, _place(prefix.rstrip(".")))
+        section = _section(hint)
+        if section is None:
+            continue
+        if isinstance(value, Mapping):
+            _check_keys(value, section, f"{prefix}{key}.")
+        elif value is not None:
+            # The parser would take text for the name of another file.
+            raise ConfigError(f"{prefix}{key}: {_shorten(value)} is not allowed; allowed: {describe(hint)}")
+
+
+def _section(hint: Any) -> type | None:
+    """The dataclass that a field holds, if it holds one."""
+    for kind in (hint, *typing.get_args(hint)):
+        if dataclasses.is_dataclass(kind):
+            return typing.cast(type, kind)
+    return None
+
+
+def _check_nulls(values: Mapping[str, Any], schema: type, prefix: str) -> None:
+    """Raise ConfigError where null is given for a field that takes none: the parser lets it pass."""
+    hints = typing.get_type_hints(schema)
+    for key, value in values.items():
+        hint = hints.get(key)
+        section = _section(hint)
+        if value is None and type(None) not in (hint, *typing.get_args(hint)):
+            raise ConfigError(f"{prefix}{key}: null is not allowed; allowed: {describe(hint)}")
+        if section is not None and isinstance(value, (Namespace, Mapping)):
+            _check_nulls(vars(value) if isinstance(value, Namespace) else value, section, f"{prefix}{key}.")
 
 
 def _unknown(key: str, value: str, schema: type, place: str) -> ConfigError:
@@ -211,7 +199,7 @@ def _condense(message: str, schema: type | None) -> str:
 
 
 def _unknown_flag(flag: str, rest: str, schema: type | None) -> str:
-    if not flag.startswith("--"):
+    if not flag.startswith("--") or not _name(flag[2:].partition("=")[0])[:1].isalpha():
         return f"arguments: {_shorten(flag)} is not allowed; allowed: flags such as --config FILE, see --help"
     key, _, value = flag[2:].partition("=")
     parent = key.rpartition(".")[0]
@@ -232,6 +220,11 @@ def _allowed(schema: type | None, key: str) -> str:
 
 def _fields(schema: Any) -> tuple[Any, ...]:
     return dataclasses.fields(schema)
+
+
+def _name(key: Any) -> str:
+    """A key as it is, or quoted where it does not look like one."""
+    return key if isinstance(key, str) and re.fullmatch(r"\w[\w.-]{0,99}", key) else _shorten(key)
 
 
 def _names(schema: Any) -> str:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from grads_dist.errors import one_line
+
 
 @dataclass(frozen=True)
 class Broken:
@@ -24,7 +26,7 @@ class RowError(Exception):
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
         self.kind = kind
-        self.reason = " ".join(reason.split())
+        self.reason = one_line(reason)
 
 
 def kind_of_value(value: object) -> str:

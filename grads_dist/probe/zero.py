@@ -58,7 +58,7 @@ def load_deepspeed_config(path: str | None) -> dict[str, Any]:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"deepspeed: {path!r} cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"deepspeed: {path!r} is not valid JSON ({error})") from None
     if not isinstance(config, dict):
         raise ConfigError(f"deepspeed: {path!r} holds no JSON object")
@@ -139,7 +139,7 @@ def fill_auto(
     # Unset, DeepSpeed clips as if at 1.0.
     config.setdefault("gradient_clipping", "auto")
     kind = str(config["optimizer"].get("type", ""))
-    if kind.lower() not in DEEPSPEED_OPTIMIZERS and not hasattr(torch.optim, kind):
+    if kind.lower() not in DEEPSPEED_OPTIMIZERS and not _is_optimizer(getattr(torch.optim, kind, None)):
         raise ConfigError(f"deepspeed: optimizer.type {kind!r} is not known; AdamW is the usual one")
     config["bf16"] = {**config.get("bf16", {}), "enabled": dtype == torch.bfloat16}
     config["fp16"] = {**config.get("fp16", {}), "enabled": dtype == torch.float16}
@@ -162,6 +162,10 @@ def fill_auto(
         "total_num_steps": num_steps,
     }
     return _replace_auto(config, values, "")
+
+
+def _is_optimizer(found: object) -> bool:
+    return isinstance(found, type) and issubclass(found, torch.optim.Optimizer)
 
 
 def _zero_defaults(hidden_size: int) -> dict[str, int]:

@@ -21,6 +21,9 @@ DEFAULT_PORT = 29500
 NAME_TRIES = 5
 """Times that a name is looked up, a second apart: a name server that many ranks ask at once may drop some."""
 
+LONGEST_NUMBER = 18
+"""Digits of a variable: more fit into no 64-bit number."""
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -50,7 +53,22 @@ def detect() -> Placement:
 
 
 def place(env: Mapping[str, str]) -> Placement:
-    """Read the placement from the variables `env`; imports mpi4py only if an MPI launcher set them."""
+    """Read the placement from the variables `env`; imports mpi4py only if an MPI launcher set them.
+
+    Raises ConfigError for variables that are no numbers, or contradict each other.
+    """
+    placement = _read(env)
+    if not placement.rank < placement.world_size:
+        raise ConfigError(
+            f"rank: {placement.rank} among {placement.world_size} ranks, by {placement.launcher}'s variables; "
+            "allowed: a rank below the number of ranks"
+        )
+    if placement.world_size > 1 and not 0 < placement.master_port < 2**16:
+        raise ConfigError(f"MASTER_PORT: {placement.master_port} is not allowed; allowed: 1 to {2**16 - 1}")
+    return placement
+
+
+def _read(env: Mapping[str, str]) -> Placement:
     if "RANK" in env and "WORLD_SIZE" in env:
         return _from_torch(env)
     if _started_by_mpi(env):
@@ -156,10 +174,11 @@ def _from_slurm(env: Mapping[str, str]) -> Placement:
 
 def _tasks_on_node(per_node: str, node: int) -> int:
     """Expand Slurm's `2(x3),1`: tasks on each node, in order."""
-    counts: list[int] = []
-    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", per_node):
-        counts += [int(count)] * int(times or 1)
-    return counts[node] if node < len(counts) else 1
+    for count, times in re.findall(r"(\d{1,9})(?:\(x(\d{1,9})\))?", per_node):
+        if node < int(times or 1):
+            return int(count)
+        node -= int(times or 1)
+    return 1
 
 
 def _started_by_mpi(env: Mapping[str, str]) -> bool:
@@ -241,7 +260,7 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None) -> in
     text = env.get(name)
     if text is None and default is not None:
         return default
-    if text is None or not text.isdecimal():
+    if text is None or not text.isdecimal() or len(text) > LONGEST_NUMBER:
         raise ConfigError(
             f"{name}: {text!r} in the environment; allowed: a whole number, as launchers set it"
         )
