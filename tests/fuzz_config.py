@@ -30,7 +30,7 @@ from grads_dist.probe.zero import check_supported, fill_auto, load_deepspeed_con
 from grads_dist.model.config import ModelConfig
 from grads_dist.runtime.launcher import place
 
-_FIELD = re.compile(r"[^:]{1,140}: ")
+_FIELD = re.compile(r"\S.{0,160}?: ")
 
 # ---- documents
 

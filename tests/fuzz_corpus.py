@@ -250,7 +250,7 @@ def check_jsonl(folder: Path, model: Path, case: Case) -> dict[str, int]:
     for chosen in ([] if kept is None else [kept]) + [np.arange(corpus.num_rows)]:
         written = corpus.write_subset(chosen, folder).read_bytes()
         assert written == b"".join(expected[k] for k in chosen)
-    return {"rows": corpus.num_rows, "kept": 0 if kept is None else len(kept), "refused": kept is None}
+    return {"rows": corpus.num_rows, "kept": 0 if kept is None else len(kept), "files refused": int(kept is None)}
 
 
 def check_rows(config: DataConfig, corpus: Corpus, model: Path) -> np.ndarray | None:

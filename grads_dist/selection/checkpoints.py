@@ -27,7 +27,7 @@ def fold_checkpoints(table: pa.Table, targets: list[str]) -> tuple[pa.Table, lis
         return table, targets
     order = np.lexsort((checkpoint, index))
     places = np.arange(len(order)) % count
-    if len(order) % count or not np.array_equal(checkpoint[order], places):
+    if count > len(order) or len(order) % count or not np.array_equal(checkpoint[order], places):
         raise DataError(f"the score table does not hold every row once for each of {count} checkpoints")
     parts = [table.take(pa.array(order[c::count])) for c in range(count)]
     columns = {name: _combine(name, parts) for name in table.column_names if name != "checkpoint"}

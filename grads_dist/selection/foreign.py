@@ -87,6 +87,9 @@ def fill_missing(table: pa.Table, num_rows: int) -> pa.Table:
         "num_label_tokens": pa.array(_whole_numbers(given.get("num_label_tokens"), "num_label_tokens", ones)),
         "token_hash": pa.array(_hashes(given.get("token_hash"), num_rows)),
     }
+    for name, lowest in {"checkpoint": 0, "step": -1}.items():
+        if name in given:
+            filled[name] = pa.array(_whole_numbers(given[name], name, ones, lowest))
     return pa.table(given | filled)
 
 
@@ -122,8 +125,10 @@ def _texts(column: pa.ChunkedArray | pa.Array, name: str) -> pa.ChunkedArray | p
         raise DataError(f"table: column {name!r} holds {column.type}, not texts") from error
 
 
-def _whole_numbers(column: pa.ChunkedArray | None, name: str, default: np.ndarray) -> np.ndarray:
-    """A column of whole numbers of at least 0, in the type of the default."""
+def _whole_numbers(
+    column: pa.ChunkedArray | None, name: str, default: np.ndarray, lowest: int = 0
+) -> np.ndarray:
+    """A column of whole numbers of at least `lowest`, in the type of the default."""
     if column is None:
         return default
     try:
@@ -133,8 +138,8 @@ def _whole_numbers(column: pa.ChunkedArray | None, name: str, default: np.ndarra
     if numbers.null_count:
         raise DataError(f"table: column {name!r} has no value in {numbers.null_count} rows")
     values = numbers.to_numpy()
-    if len(values) and values.min() < 0:
-        raise DataError(f"table: column {name!r} has values below 0")
+    if len(values) and values.min() < lowest:
+        raise DataError(f"table: column {name!r} has values below {lowest}")
     return values
 
 
