@@ -11,6 +11,10 @@ from typing import Any
 from grads_dist.errors import ConfigError
 
 
+# What transformers raises for files that are missing, damaged or of another kind.
+_LOADING_ERRORS = (OSError, ValueError, LookupError, ImportError, AttributeError, TypeError, RuntimeError)
+
+
 @dataclass(frozen=True)
 class TokenizerSource:
     """Where a tokenizer comes from: a folder or hub id, and a revision of it."""
@@ -37,8 +41,13 @@ def load_tokenizer(source: TokenizerSource) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             source.name_or_path, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except _LOADING_ERRORS as error:
         reason = str(error).strip().partition("\n")[0]
+        if "custom code" in reason:
+            raise ConfigError(
+                f"{where} brings Python code of its own, which is not run; allowed: model.trust_remote_code: "
+                "true, for a model that you trust"
+            ) from error
         raise ConfigError(f"{where} cannot be loaded ({type(error).__name__}: {reason})") from error
     if not tokenizer.is_fast:
         raise ConfigError(f"{where} gives no character offsets; allowed: one with a tokenizer.json")

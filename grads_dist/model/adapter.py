@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 from safetensors import SafetensorError
@@ -9,7 +10,10 @@ from transformers import PreTrainedModel
 
 from grads_dist.errors import ConfigError
 
-ADAPTER_ERRORS = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError)
+ADAPTER_ERRORS = (
+    OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, EOFError, SafetensorError,
+    pickle.UnpicklingError,
+)  # fmt: skip
 """What PEFT raises for a folder that is missing, damaged, or made for another model."""
 
 
@@ -19,6 +23,7 @@ def load_adapter(model: PreTrainedModel, adapter: str) -> None:
     Raises ConfigError when there is none, it does not fit the model, or its weights are incomplete.
     """
     _check_installed()
+    _read_config(adapter)
     try:
         found = model.load_adapter(adapter, is_trainable=True)
     except ADAPTER_ERRORS as error:
@@ -34,13 +39,29 @@ def inject_adapter(model: PreTrainedModel, adapter: str) -> None:
     Raises ConfigError as `load_adapter` does.
     """
     _check_installed()
-    from peft import PeftConfig, inject_adapter_in_model
+    from peft import inject_adapter_in_model
 
+    config = _read_config(adapter)
     try:
-        config: Any = PeftConfig.from_pretrained(adapter)
         inject_adapter_in_model(config, model)
     except ADAPTER_ERRORS as error:
         raise ConfigError(_unloadable(adapter, error)) from error
+
+
+def _read_config(adapter: str) -> Any:
+    """The adapter's configuration; ConfigError where there is none, or it names a module to import."""
+    from peft import PeftConfig
+
+    try:
+        config: Any = PeftConfig.from_pretrained(adapter)
+    except ADAPTER_ERRORS as error:
+        raise ConfigError(_unloadable(adapter, error)) from error
+    if getattr(config, "megatron_config", None) is not None:
+        # PEFT would import the module that the adapter calls Megatron's; not every version checks which.
+        raise ConfigError(
+            f"model.adapter: {adapter!r} sets megatron_config, which imports code by name; allowed: one without"
+        )
+    return config
 
 
 def _check_installed() -> None:

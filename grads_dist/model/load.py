@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
+from transformers.utils import find_adapter_config_file
 
 from grads_dist.errors import ConfigError
 from grads_dist.model.adapter import inject_adapter, load_adapter
@@ -20,7 +23,10 @@ from grads_dist.model.config import ModelConfig
 
 log = logging.getLogger(__name__)
 
-LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError)
+LOADING_ERRORS = (
+    OSError, ValueError, ImportError, LookupError, RuntimeError, AttributeError, TypeError, EOFError,
+    SafetensorError, StrictDataclassError, pickle.UnpicklingError,
+)  # fmt: skip
 """What transformers raises for a folder that is missing, incomplete, damaged or of another kind."""
 
 RANDOM_ATTRIBUTES = ("dropout", "pdrop", "layerdrop", "jitter_noise")
@@ -90,11 +96,6 @@ def load_model(
     except LOADING_ERRORS as error:
         raise ConfigError(_unloadable(config, error)) from error
     _check_complete(config, loading)
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise ConfigError(
-            f"model.name_or_path: {config.name_or_path!r} is an adapter; name its base model there, and the "
-            f"adapter in model.adapter"
-        )
     if config.adapter is not None:
         with _sharded(zero3):
             load_adapter(model, config.adapter)
@@ -127,12 +128,36 @@ def load_text_config(config: ModelConfig) -> PretrainedConfig:
 
 
 def load_config(config: ModelConfig) -> PretrainedConfig:
-    """The model's configuration as it is stored."""
-    return AutoConfig.from_pretrained(
+    """The model's configuration as it is stored.
+
+    Raises ConfigError for an adapter, which would name another model to load, and for a configuration that
+    names code to fetch; what transformers raises for all else.
+    """
+    if find_adapter_config_file(config.name_or_path, revision=config.revision or "main") is not None:
+        raise ConfigError(
+            f"model.name_or_path: {config.name_or_path!r} is an adapter; name its base model there, and the "
+            f"adapter in model.adapter"
+        )
+    loaded = AutoConfig.from_pretrained(
         config.name_or_path,
         revision=config.revision or "main",
         trust_remote_code=config.trust_remote_code,
     )
+    if not config.trust_remote_code:
+        _check_kernels(config, loaded)
+    return loaded
+
+
+def _check_kernels(config: ModelConfig, loaded: PretrainedConfig) -> None:
+    """Refuse a configuration that names kernels of the hub: transformers would fetch their code and run it."""
+    for part in {id(part): part for part in (loaded, loaded.get_text_config())}.values():
+        for name in ("attn_implementation", "experts_implementation"):
+            value = getattr(part, f"_{name}", None)
+            if isinstance(value, str) and not value.replace("_", "").replace("|", "").isalnum():
+                raise ConfigError(
+                    f"model.name_or_path: the config.json of {config.name_or_path!r} sets {name} to {value!r}, "
+                    f"which is code of the hub; allowed: one without, or model.trust_remote_code: true"
+                )
 
 
 def _check_complete(config: ModelConfig, loading: dict[str, Any]) -> None:
@@ -149,9 +174,21 @@ def _check_complete(config: ModelConfig, loading: dict[str, Any]) -> None:
 
 def _unloadable(config: ModelConfig, error: BaseException) -> str:
     if Path(str(config.name_or_path)).is_dir():
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = _reason(error)
         return f"model.name_or_path: {config.name_or_path!r} is no loadable causal language model: {reason}"
     return f"model.name_or_path: {config.name_or_path!r} is neither a folder nor a hub model within reach"
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, pickle.UnpicklingError):
+        return "its weights are a pickle that holds more than tensors, which could run code; allowed: safetensors"
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    if "custom code" in reason:
+        return (
+            "it brings Python code of its own, which is not run; allowed: model.trust_remote_code: true, for a "
+            "model that you trust"
+        )
+    return reason
 
 
 @contextmanager
