@@ -46,10 +46,9 @@ class Config:
     """Trackers that rank 0 reports to beside the files in logs/: wandb, tensorboard, trackio."""
 
     def __post_init__(self) -> None:
-        for name in ("output_dir", "deepspeed"):
-            value = getattr(self, name)
-            if value is not None and not value.strip():
-                raise ConfigError(f"{name}: {value!r} is not allowed; allowed: a path")
+        _check_path("output_dir", self.output_dir)
+        if self.deepspeed is not None:
+            _check_path("deepspeed", self.deepspeed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +68,12 @@ class TableConfig:
     """Where the selection goes."""
 
     def __post_init__(self) -> None:
-        if not self.output_dir.strip():
-            raise ConfigError(f"output_dir: {self.output_dir!r} is not allowed; allowed: a path")
+        _check_path("output_dir", self.output_dir)
+
+
+def _check_path(name: str, value: str) -> None:
+    if not value.strip() or "\0" in value:
+        raise ConfigError(f"{name}: {value!r} is not allowed; allowed: a path")
 
 
 def save_config(config: Config, path: Path) -> None:

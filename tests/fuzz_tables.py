@@ -74,9 +74,9 @@ def tables(draw: st.DrawFn) -> tuple[str, pa.Table]:
     row_format = draw(st.sampled_from(sorted(ROWS)))
     if draw(st.booleans()):
         rows = [SOUND[row_format], *draw(st.lists(ROWS[row_format] | changed_rows(row_format), max_size=6))]
-        names = sorted({name for row in rows for name in row})
+        rows = [{_storable(name): value for name, value in row.items()} for row in rows]
         columns: dict[str, pa.Array] = {}
-        for name in names:
+        for name in sorted({name for row in rows for name in row}):
             values = [row.get(name) for row in rows]
             try:
                 columns[name] = pa.array(values)
@@ -93,8 +93,12 @@ def tables(draw: st.DrawFn) -> tuple[str, pa.Table]:
             made.append(pa.array(values, kind))
         except (pa.ArrowException, OverflowError, UnicodeError, TypeError, ValueError):
             made.append(pa.nulls(num_rows, kind))
-    safe = [name.encode("utf-8", "replace").decode() for name in names]
-    return row_format, pa.Table.from_arrays(made, names=safe)
+    return row_format, pa.Table.from_arrays(made, names=[_storable(name) for name in names])
+
+
+def _storable(name: str) -> str:
+    """A name without half surrogates, which Arrow cannot hold."""
+    return name.encode("utf-8", "replace").decode()
 
 
 def write_table(table: pa.Table, path: Path) -> bool:
@@ -147,7 +151,7 @@ def score_tables(draw: st.DrawFn, num_rows: int) -> bytes:
     for name in ("a.norm", "a.sumsq", "a.sum", "loss"):
         columns[name] = pa.array(rng.random(num_rows))
     for name in draw(st.lists(st.sampled_from(_COLUMNS) | TEXTS, max_size=4, unique=True)):
-        columns[name.encode("utf-8", "replace").decode()] = draw(_columns(name, num_rows))
+        columns[_storable(name)] = draw(_columns(name, num_rows))
     sink = io.BytesIO()
     try:
         pq.write_table(pa.table(columns), sink)

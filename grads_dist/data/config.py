@@ -87,7 +87,7 @@ class DataConfig:
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name), minimum=1)
         for name in ("chat_template", "cache_dir"):
-            if getattr(self, name) is not None and not _is_text(getattr(self, name)):
+            if getattr(self, name) is not None and not _is_path(getattr(self, name)):
                 raise ConfigError(f"data.{name}: {getattr(self, name)!r} is not a path")
         for name in ("split", "name", "revision"):
             if getattr(self, name) is not None and not _is_text(getattr(self, name)):
@@ -112,9 +112,13 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
+def _is_path(value: object) -> bool:
+    return _is_text(value) and "\0" not in str(value)
+
+
 def _check_paths(name: str, value: object) -> None:
     paths = [value] if isinstance(value, str) else value
-    if not isinstance(paths, (list, tuple)) or not paths or not all(_is_text(path) for path in paths):
+    if not isinstance(paths, (list, tuple)) or not paths or not all(_is_path(path) for path in paths):
         raise ConfigError(f"data.{name}: {value!r} is not a file, a glob or a non-empty list of them")
 
 

@@ -8,10 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import lzma
+import pickle
+import tarfile
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import yaml
 
 from grads_dist.data.cache import publish
 from grads_dist.data.config import DataConfig
@@ -20,6 +26,11 @@ from grads_dist.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 _BATCH_ROWS = 1024
+# What the library, and the readers under it, raise for files that are missing, damaged or of another kind.
+_LOADING_ERRORS = (
+    OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, EOFError, pa.ArrowException,
+    yaml.YAMLError, tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, pickle.UnpicklingError,
+)  # fmt: skip
 
 
 def fetch(name: str, config: DataConfig) -> list[Path]:
@@ -52,7 +63,7 @@ def _load(name: str, config: DataConfig) -> Any:
         return datasets.load_dataset(
             name, name=config.name, split=config.split, revision=config.revision, **options
         )
-    except (OSError, ValueError, KeyError, RuntimeError, pa.ArrowException) as error:
+    except _LOADING_ERRORS as error:
         raise _refusal(name, error) from error
     except datasets.exceptions.DatasetsError as error:
         raise _refusal(name, error) from error

@@ -93,7 +93,10 @@ def absolute(pattern: str) -> str:
 def _sources(pattern: str, config: DataConfig) -> Iterator[Source]:
     # A file whose own name looks like a glob is that file.
     plain = Path(pattern).expanduser()
-    names = [str(plain)] if plain.exists() else sorted(glob.glob(str(plain), recursive=True))
+    try:
+        names = [str(plain)] if plain.exists() else sorted(glob.glob(str(plain), recursive=True))
+    except OSError as error:
+        raise ConfigError(f"data.path: {pattern!r} cannot be looked up ({error.strerror})") from error
     if not names:
         if not is_hub_id(pattern):
             raise ConfigError(f"data.path: {pattern!r} matches no file")
@@ -109,6 +112,9 @@ def _source(path: Path) -> Source:
     kind = KINDS.get(path.suffix.lower())
     if kind is None:
         raise ConfigError(f"data.path: {str(path)!r} does not end in {', '.join(KINDS)}")
+    if not path.is_file():
+        # A pipe or a device would be read for ever, or not twice.
+        raise ConfigError(f"data.path: {str(path)!r} is no file, or a link to none")
     return Source(path, kind)
 
 
@@ -131,10 +137,6 @@ def _loose(folder: Path) -> list[Source]:
     paths = [path for path in paths if not any(p.startswith(".") for p in path.relative_to(folder).parts)]
     used = [path for path in paths if path.suffix.lower() in KINDS and path.name not in _ABOUT]
     used = [path for path in used if not path.is_dir()]
-    for path in used:
-        if not path.is_file():
-            # Passed over, its rows would be missed by nobody.
-            raise ConfigError(f"data.path: {str(path)!r} is no file, or a link to none")
     if not used:
         raise ConfigError(f"data.path: no file in {str(folder)!r} ends in {', '.join(KINDS)}")
     passed = [str(path.relative_to(folder)) for path in sorted({*paths} - {*used})]
@@ -185,7 +187,7 @@ def _is_plain(name: str) -> bool:
 def _read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"data.path: {str(path)!r} cannot be read ({error})") from error
     if not isinstance(content, dict):
         raise DataError(f"data.path: {str(path)!r} is no description of a dataset")

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
+from types import FrameType
 from typing import Any
 
 import jinja2
@@ -23,7 +28,12 @@ _MOST_QUOTED = 200
 # What an expression of a template can raise on a row that it was not made for.
 _TEMPLATE_ERRORS = (
     jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError,
+    MemoryError,
 )  # fmt: skip
+LONGEST_RENDERING = 60.0
+"""Seconds of computing that one rendering may take: far more than any conversation needs."""
+LONGEST_TEXT = 1 << 24
+"""Characters of a conversation: several times what the longest contexts hold."""
 
 
 class ChatTemplate:
@@ -43,7 +53,8 @@ class ChatTemplate:
     ) -> str:
         """The conversation as text, with the header that prompts an answer if asked.
 
-        Raises RowError when the template refuses the conversation, ConfigError when it is no Jinja.
+        Raises RowError when the template refuses the conversation, ConfigError when it is no Jinja or does not
+        end.
         """
         return self._render(messages, add_generation_prompt, tools, False)[0]
 
@@ -57,21 +68,62 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            texts, marks = render_jinja_template(
-                [messages],
-                tools=tools,
-                chat_template=self._template,
-                return_assistant_tokens_mask=is_marked,
-                add_generation_prompt=add_generation_prompt,
-                **self._tokenizer.special_tokens_map,
-            )
+            with _time_limit(LONGEST_RENDERING):
+                texts, marks = render_jinja_template(
+                    [messages],
+                    tools=tools,
+                    chat_template=self._template,
+                    return_assistant_tokens_mask=is_marked,
+                    add_generation_prompt=add_generation_prompt,
+                    **self._tokenizer.special_tokens_map,
+                )
         except jinja2.TemplateSyntaxError as error:
             line = error.lineno - self._head.count("\n")
             raise ConfigError(f"data.chat_template: broken Jinja, line {line}: {error.message}") from error
+        except SyntaxError as error:
+            # Of the Python that Jinja makes of the template.
+            raise ConfigError(f"data.chat_template: broken Jinja: {error.msg}") from error
+        except _EndlessError as error:
+            raise ConfigError(
+                f"data.chat_template: rendering a conversation takes more than {LONGEST_RENDERING:g} s; allowed: "
+                "a template that ends (a file), in place of the model's own"
+            ) from error
         except _TEMPLATE_ERRORS as error:
-            fault = shorten(str(error), _MOST_QUOTED)
+            fault = shorten(str(error) or type(error).__name__, _MOST_QUOTED)
             raise RowError("chat template", f"the chat template refuses the row: {fault}") from error
+        if len(texts[0]) > LONGEST_TEXT:
+            raise RowError(
+                "chat template",
+                f"the chat template makes {len(texts[0])} characters of the row; allowed: {LONGEST_TEXT}",
+            )
         return texts[0], marks[0] if is_marked else []
+
+
+class _EndlessError(BaseException):
+    """A rendering took too long. No Exception: nothing inside a template's machinery may catch it."""
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise _EndlessError inside the block once it has computed for `seconds`.
+
+    By a signal, which Python delivers between two steps, and to the main thread alone: elsewhere there is no
+    limit, and a single step, such as a power of huge numbers, is not interrupted.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise _EndlessError
+
+    before = signal.signal(signal.SIGVTALRM, end)
+    try:
+        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def _fixed_date() -> str:
