@@ -1,6 +1,5 @@
 """The failures a user can cause or meet, each with the exit code that the command line gives it."""
 
-
 LONGEST_MESSAGE = 1000
 """Characters; what an error quotes may be as long as a file."""
 
@@ -10,8 +9,14 @@ def one_line(text: str) -> str:
 
     It may quote what a file holds: control characters, half surrogates and the like are spelled out.
     """
-    joined = " ".join(text.split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in joined)
+    return shown(" ".join(text.split()))
+
+
+def shown(text: str) -> str:
+    """`text` with all that is not printable spelled out, line breaks and tabs aside."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 class GradsDistError(Exception):

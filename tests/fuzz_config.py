@@ -35,7 +35,8 @@ _FIELD = re.compile(r"\S.{0,160}?: ")
 # ---- documents
 
 _BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"{name}: &{name} [{', '.join(['*' + before] * 10)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+    f"{name}: &{name} [{', '.join(['*' + before] * 10)}]\n"
+    for before, name in zip("abcdefgh", "bcdefghi", strict=True)
 )
 ODD_DOCUMENTS = [
     "", "null", "[]", "text", "3", "---\n---\n", "a: 1\n---\nb: 2\n", "data: {path: x}\n---\n", "%YAML 9.9\n---\n",
@@ -148,10 +149,14 @@ def documents(draw: st.DrawFn) -> bytes:
     if kind == 0:
         return draw(st.sampled_from(ODD_DOCUMENTS)).encode("utf-8", "surrogatepass")
     if kind == 1:
-        return draw(st.binary(max_size=40) | st.text(max_size=60).map(lambda t: t.encode("utf-8", "surrogatepass")))
+        return draw(
+            st.binary(max_size=40) | st.text(max_size=60).map(lambda t: t.encode("utf-8", "surrogatepass"))
+        )
     content = _nested(draw(settings_of_fields()))
     try:
-        text = yaml.safe_dump(content, allow_unicode=draw(st.booleans()), default_flow_style=draw(st.booleans()))
+        text = yaml.safe_dump(
+            content, allow_unicode=draw(st.booleans()), default_flow_style=draw(st.booleans())
+        )
     except yaml.YAMLError:
         text = repr(content)
     raw = text.encode("utf-8", "surrogatepass")
@@ -170,7 +175,9 @@ def flags(draw: st.DrawFn) -> list[str]:
         if draw(st.integers(0, 3)) and isinstance(value, (int, float, str)):
             text = str(value)
         else:
-            text = draw(_SCALARS | st.just(yaml.dump(value, default_flow_style=True).removesuffix("...\n").strip()))
+            text = draw(
+                _SCALARS | st.just(yaml.dump(value, default_flow_style=True).removesuffix("...\n").strip())
+            )
         args += [f"--{name}={text}"] if draw(st.booleans()) else [f"--{name}", text]
     odd = draw(st.sampled_from([[], [], [], ["extra"], ["--"], ["-x"], ["--data"], ["--probe={mode: frozen}"], ["--data+=x"],
         ["--data.columns.id=x"], ["--data.columns.id.x=x"], ["--config"], ["--config=/nowhere"], ["--nothing.at.all=3"], ["--=x"],
@@ -229,7 +236,19 @@ def _refusal(action: Any) -> Any:
 
 # ---- DeepSpeed files
 
-_SECTIONS = ["zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "gradient_clipping", "steps_per_print", "zero", "activation_checkpointing", "flops_profiler", "wall_clock_breakdown"]
+_SECTIONS = [
+    "zero_optimization",
+    "bf16",
+    "fp16",
+    "optimizer",
+    "scheduler",
+    "gradient_clipping",
+    "steps_per_print",
+    "zero",
+    "activation_checkpointing",
+    "flops_profiler",
+    "wall_clock_breakdown",
+]
 _DS_VALUES = st.sampled_from(["auto", 0, 1, 2, 3, 4, True, False, None, "AdamW", "Adam", "SGD", "os.system", 1e400, [], {}, {"enabled": True}, {"enabled": "auto"}, {"stage": 3}, {"stage": "auto"}, {"stage": True}, {"type": "AdamW", "params": {"lr": "auto"}}, {"type": "__class__"}, {"type": []}, {"params": 5}]) | VALUES  # fmt: skip
 
 
@@ -239,7 +258,9 @@ def deepspeed_files(draw: st.DrawFn) -> bytes:
     if draw(st.integers(0, 5)) == 0:
         return draw(st.sampled_from([b"", b"[]", b"null", b"NaN", b"{", b"\xff", b"[" * 100_000, b'{"a": ' * 100_000, b'\xef\xbb\xbf{}']) | st.binary(max_size=20))  # fmt: skip
     keys = st.sampled_from(_SECTIONS) | TEXTS
-    content = draw(st.dictionaries(keys, _DS_VALUES | st.dictionaries(keys, _DS_VALUES, max_size=3), max_size=4))
+    content = draw(
+        st.dictionaries(keys, _DS_VALUES | st.dictionaries(keys, _DS_VALUES, max_size=3), max_size=4)
+    )
     return json.dumps(content).encode("utf-8", "surrogatepass")
 
 
@@ -267,7 +288,9 @@ _VARIABLES = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZ
 _VARIABLE_VALUES = st.sampled_from(
     ["0", "1", "2", "8", "-1", "", "x", "1.5", "²", "٣", "9" * 5000, "99999", "n[1-3],m", "n[", "[1", "2(x3),1", "2(x999999999)", "1(x0)", "a,b", ",", "\x00", "127.0.0.1", "\n"]
 )  # fmt: skip
-ENVIRONMENTS = st.dictionaries(st.sampled_from(_VARIABLES), _VARIABLE_VALUES | st.text(max_size=6), max_size=12)
+ENVIRONMENTS = st.dictionaries(
+    st.sampled_from(_VARIABLES), _VARIABLE_VALUES | st.text(max_size=6), max_size=12
+)
 """Variables of torchrun and Slurm; those of MPI would start it."""
 
 

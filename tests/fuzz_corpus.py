@@ -89,9 +89,7 @@ ROWS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     ),
     "prompt_completion": st.fixed_dictionaries({"prompt": TEXTS | _PLAIN, "completion": TEXTS | _PLAIN}),
     "text": st.fixed_dictionaries({"text": TEXTS}, optional={"id": VALUES}),
-    "tokens": st.fixed_dictionaries(
-        {"input_ids": _IDS}, optional={"labels": _IDS, "attention_mask": _IDS}
-    ),
+    "tokens": st.fixed_dictionaries({"input_ids": _IDS}, optional={"labels": _IDS, "attention_mask": _IDS}),
 }
 SOUND: dict[str, dict[str, Any]] = {
     "messages": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bc"}]},
@@ -250,7 +248,11 @@ def check_jsonl(folder: Path, model: Path, case: Case) -> dict[str, int]:
     for chosen in ([] if kept is None else [kept]) + [np.arange(corpus.num_rows)]:
         written = corpus.write_subset(chosen, folder).read_bytes()
         assert written == b"".join(expected[k] for k in chosen)
-    return {"rows": corpus.num_rows, "kept": 0 if kept is None else len(kept), "files refused": int(kept is None)}
+    return {
+        "rows": corpus.num_rows,
+        "kept": 0 if kept is None else len(kept),
+        "files refused": int(kept is None),
+    }
 
 
 def check_rows(config: DataConfig, corpus: Corpus, model: Path) -> np.ndarray | None:

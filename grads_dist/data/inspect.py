@@ -14,7 +14,7 @@ from grads_dist.data.encode import EncodedRow, Encoding, RowEncoder
 from grads_dist.data.formats import RowFormat, read_id
 from grads_dist.data.rows import Broken, RowError
 from grads_dist.data.tokenizer import TokenizerSource, load_tokenizer
-from grads_dist.errors import ConfigError
+from grads_dist.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     from grads_dist.config import Config
@@ -107,7 +107,7 @@ def _decode(tokens: list[int], tokenizer: Any) -> str:
         return " ".join(map(str, tokens))
     text = tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     # Control characters would act on the terminal instead of being seen.
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    return shown(text)
 
 
 def _rejections(rejected: list[tuple[int, RowError]], num_shown: int) -> list[str]:

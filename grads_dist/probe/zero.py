@@ -44,6 +44,9 @@ REFUSED = (
 )
 """Sections that change what a rank's gradient or batch is, for which there is no rule."""
 
+REFUSED_ENABLED = ("tensorboard", "wandb", "csv_monitor", "comet", "flops_profiler", "nebula", "compile")
+"""Sections that, once enabled, write where the file says, send elsewhere, or import what it names."""
+
 DEEPSPEED_OPTIMIZERS = ("adam", "adamw", "lamb", "lion", "muon", "onebitadam", "onebitlamb", "zerooneadam")
 """Optimizers that DeepSpeed has under its own names, beside those of torch.optim."""
 
@@ -66,6 +69,13 @@ def load_deepspeed_config(path: str | None) -> dict[str, Any]:
         if key in config:
             raise ConfigError(
                 f"deepspeed: {path!r} sets {key!r}, which per-sample gradients do not support; remove it"
+            )
+    for key in REFUSED_ENABLED:
+        section = config.get(key, {})
+        if section != {} and not (isinstance(section, dict) and section.get("enabled") is False):
+            raise ConfigError(
+                f"deepspeed: {path!r} sets {key!r}, which writes outside of the run directory or loads code by "
+                "name; remove it, or set its enabled to false"
             )
     for key in ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler"):
         if not isinstance(config.get(key, {}), dict):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
+from grads_dist.errors import shown
 from grads_dist.runtime.rundir import atomic_write
 
 PACKAGE = "grads_dist"
@@ -92,7 +93,8 @@ class _ConsoleFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        return f"{self._prefix}{level}{super().format(record)}"
+        # Names of files and columns come from outside, and could act on the terminal.
+        return f"{self._prefix}{level}{shown(super().format(record))}"
 
 
 def _exc_info(error: BaseException) -> tuple[type[BaseException], BaseException, TracebackType | None]:

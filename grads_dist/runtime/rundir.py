@@ -134,6 +134,8 @@ class RunDir:
                 f"output_dir: {str(self.root)!r} holds {found[0]} but no {MARKER}, so no run made it; "
                 "allowed: another folder"
             )
+        if not overwrite:
+            self.check_links()
         results = [name for name in found if name in _RESULTS]
         if results and not overwrite and not (resumable and self.started.is_file()):
             raise ConfigError(
@@ -141,11 +143,27 @@ class RunDir:
                 "allowed: another folder, or --overwrite to replace it"
             )
 
+    def check_links(self) -> None:
+        """Raise ConfigError for a link among what a run writes: it would have the run write elsewhere.
+
+        The folder itself may be one. Looks at the folders of a run and what lies in them, two levels.
+        """
+        for name in (*_WRITTEN, MARKER):
+            path = self.root / name
+            inside = list(path.iterdir()) if path.is_dir() and not path.is_symlink() else []
+            for found in (path, *inside):
+                if found.is_symlink():
+                    raise ConfigError(
+                        f"output_dir: {str(found)!r} is a link, which a run would write through; allowed: "
+                        "files and folders of its own"
+                    )
+
     def mark(self) -> None:
         """Make the folder, if it is not there, and mark it. Raises ConfigError when it cannot be written."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            self.marker.touch()
+            # Through a link it would be another file.
+            os.close(os.open(self.marker, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o666))
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -167,6 +185,7 @@ class RunDir:
                     _remove(self.root / name)
         except OSError as error:
             raise self._unwritable(error) from error
+        self.check_links()
         self.mark()
 
     def _unwritable(self, error: OSError) -> ConfigError:
@@ -183,6 +202,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    # What has this name was left by another process, or is a link that was put there to be written through.
+    temporary.unlink(missing_ok=True)
     try:
         yield temporary
         sync(temporary)

@@ -147,7 +147,10 @@ def _hashes(column: pa.ChunkedArray | None, num_rows: int) -> np.ndarray:
     """A number for each distinct value, int64; a row without a value is like no other."""
     if column is None:
         return np.arange(num_rows)
-    codes = pc.index_in(column, value_set=column.unique()).to_numpy().astype(np.int64)
+    try:
+        codes = pc.index_in(column, value_set=column.unique()).to_numpy().astype(np.int64)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise DataError(f"table: column 'token_hash' holds {column.type}; allowed: whole numbers") from error
     missing = np.asarray(column.is_null())
     codes[missing] = len(codes) + np.flatnonzero(missing)
     return codes

@@ -90,9 +90,10 @@ def run_source(rundir: RunDir) -> Source:
     """The files of a finished probe.
 
     Raises:
-        ConfigError: the folder holds none.
+        ConfigError: the folder holds none, or links among its own files.
         DataError: the score table cannot be read.
     """
+    rundir.check_links()
     for path in (rundir.scores, rundir.manifest):
         if not path.exists():
             raise ConfigError(f"output_dir: {str(rundir.root)!r} has no {path.name}; probe first")
@@ -119,6 +120,7 @@ def table_source(scores: Path, features: Path | None, selection: SelectionConfig
             f"output_dir: {str(output.root)!r} is a run and has a selection {selection.name!r}; "
             "allowed: another folder, or another --selection.name"
         )
+    output.check_links()
     columns = {field.name: field.type for field in _schema(scores)}
     check_columns(columns, selection, features is not None)
     log_defaults(columns)

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -52,10 +53,15 @@ def locked(folder: Path) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _lock(held.enter_context((folder / ".lock").open("ab")), folder)
+            _lock(held.enter_context(open(folder / ".lock", "ab", opener=_open_own)), folder)
         except OSError as error:
             logger.warning("similarity: %s is used without a lock: %s", folder, error.strerror)
         yield
+
+
+def _open_own(path: str, flags: int) -> int:
+    """Open a file, but not through a link, which could lead anywhere."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _lock(file: IO[bytes], folder: Path) -> None:
