@@ -2,9 +2,10 @@
 
     python benchmarks/fuzz.py --rows 20000 --cases 2000 --seed 0
 
-Corpora of JSON lines are generated until `--rows` rows went through the data stage, each once among the usable
-or the rejected; of every other kind there are `--cases` cases. A case that takes longer than `--seconds` counts
-as a hang. Ends with code 1 at the first case that fails, shrunk to a small one; prints counts as CSV.
+Corpora of JSON lines are generated until `--rows` rows went through the data stage, each once among the
+usable or the rejected; of every other kind there are `--cases` cases. A case that takes longer than
+`--seconds` counts as a hang. Ends with code 1 at the first case that fails, shrunk to a small one; prints
+counts as CSV: of rows that were kept, of inputs that were used, and of those refused in one line.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def _check_values(value: Any) -> None:
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # one of two bases
-    """Refuses keys that stand twice, of which the last would win; takes dates for text, as jsonargparse does."""
+    """Refuses keys that stand twice, of which the last would win; dates are text, as jsonargparse has it."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()

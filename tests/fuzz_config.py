@@ -1,4 +1,4 @@
-"""Hostile configuration: YAML files, flags, DeepSpeed files and launcher variables, and what must hold of each.
+"""Hostile configuration: YAML files, flags, DeepSpeed files and launcher variables; what must hold of each.
 
 What can be used gives a configuration that is loaded equal once saved; all else raises a ConfigError of one
 printable line that begins with a field. Nothing else may escape, and nothing may hang.
@@ -24,10 +24,10 @@ from hypothesis import strategies as st
 from grads_dist import config as configuration
 from grads_dist.config import Config, load_config, save_config
 from grads_dist.errors import ConfigError
+from grads_dist.model.config import ModelConfig
 from grads_dist.parsing import build, make_parser, parse
 from grads_dist.probe.config import ProbeConfig
 from grads_dist.probe.zero import check_supported, fill_auto, load_deepspeed_config, probe_dtype, zero_stage
-from grads_dist.model.config import ModelConfig
 from grads_dist.runtime.launcher import place
 
 _FIELD = re.compile(r"\S.{0,160}?: ")
@@ -39,22 +39,25 @@ _BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     for before, name in zip("abcdefgh", "bcdefghi", strict=True)
 )
 ODD_DOCUMENTS = [
-    "", "null", "[]", "text", "3", "---\n---\n", "a: 1\n---\nb: 2\n", "data: {path: x}\n---\n", "%YAML 9.9\n---\n",
-    "\ta: 1", "data:\n\tpath: x", "data: {path: a\x00b}", "\ufeffdata: {path: x}", "data: {path: x}\r\n",
-    "data: {path: x, path: y}", "data: &d {path: x}\nprobe: *d", "? [1, 2]\n: 3", "1: 2", "null: 3", "true: {}",
-    "data: {<<: {path: x}}", "<<: [{data: {path: x}}]", "<<: 3", "data: &x {path: *x}", "data: &x [*x]",
-    "&x a: *x", "!!python/object/apply:os.system [\"true\"]", "data: !!python/object:builtins.dict {}",
-    "data: !!python/name:os.system", "data: !include x.yaml", "data: !!binary aGk=", "data: !!set {a, b}",
-    "data: {path: 2001-01-01}", "data: {path: 2001-13-45}", "data: {path: 12:30:45}", "data: {path: 0o17, max_length: 0o17}",
-    "data: {path: x, max_length: 1e400}", "data: {path: x, max_length: .nan}", "data: {path: x, limit: 1_000}",
+    "", "null", "[]", "text", "3", "---\n---\n", "a: 1\n---\nb: 2\n", "data: {path: x}\n---\n",
+    "%YAML 9.9\n---\n", "\ta: 1", "data:\n\tpath: x", "data: {path: a\x00b}", "\ufeffdata: {path: x}",
+    "data: {path: x}\r\n", "data: {path: x, path: y}", "data: &d {path: x}\nprobe: *d", "? [1, 2]\n: 3",
+    "1: 2", "null: 3", "true: {}", "data: {<<: {path: x}}", "<<: [{data: {path: x}}]", "<<: 3",
+    "data: &x {path: *x}", "data: &x [*x]", "&x a: *x", "!!python/object/apply:os.system [\"true\"]",
+    "data: !!python/object:builtins.dict {}", "data: !!python/name:os.system", "data: !include x.yaml",
+    "data: !!binary aGk=", "data: !!set {a, b}", "data: {path: 2001-01-01}", "data: {path: 2001-13-45}",
+    "data: {path: 12:30:45}", "data: {path: 0o17, max_length: 0o17}", "data: {path: x, max_length: 1e400}",
+    "data: {path: x, max_length: .nan}", "data: {path: x, limit: 1_000}",
     "data: {path: x, max_length: " + "9" * 5000 + "}", "data: {path: x}\nprobe: {learning_rate: .inf}",
     "data: {path: x}\nprobe: {seed: -0x10}", "data: {path: x}\nselection: {band: [.nan, 1]}", _BOMB,
-    _BOMB + "data: *i\n", "data: {path: *nothing}", "[" * 3000, "{a: " * 1500, "- " * 2000, "data: " + "[" * 500 + "]" * 500,
-    "data: {path: x, columns: " + "{a: " * 200 + "1" + "}" * 200 + "}", "data: {path: x}\n" + "k: 1\n" * 5000,
-    "data: {path: x}\ndata.max_length: 3", "config: other.yaml\ndata: {path: x}", "data: other.yaml", "data: x\nmodel: y",
-    "class_path: os.system", "data: {class_path: os.system, init_args: {command: 'true'}}", "data: {path: x, __class__: y}",
-    "model: {name_or_path: !!float 3}\ndata: {path: x}", "data: {path: \"\\ud800\"}", "data: {path: '\x1b[31m'}", "@", "`", "%", "&", "*", "!", "|", ">",
-    "data: |\n  path: x", "data: >\n x", "'", "\"", "{", "}", "data: {path: x}\n...\nmore", "\x85", "\u2028: 1",
+    _BOMB + "data: *i\n", "data: {path: *nothing}", "[" * 3000, "{a: " * 1500, "- " * 2000,
+    "data: " + "[" * 500 + "]" * 500, "data: {path: x, columns: " + "{a: " * 200 + "1" + "}" * 200 + "}",
+    "data: {path: x}\n" + "k: 1\n" * 5000, "data: {path: x}\ndata.max_length: 3",
+    "config: other.yaml\ndata: {path: x}", "data: other.yaml", "data: x\nmodel: y", "class_path: os.system",
+    "data: {class_path: os.system, init_args: {command: 'true'}}", "data: {path: x, __class__: y}",
+    "model: {name_or_path: !!float 3}\ndata: {path: x}", "data: {path: \"\\ud800\"}",
+    "data: {path: '\x1b[31m'}", "@", "`", "%", "&", "*", "!", "|", ">", "data: |\n  path: x", "data: >\n x",
+    "'", "\"", "{", "}", "data: {path: x}\n...\nmore", "\x85", "\u2028: 1",
 ]  # fmt: skip
 
 
@@ -101,18 +104,30 @@ _SOUND: dict[str, list[Any]] = {
 }
 _SCALARS = st.sampled_from(
     [
-        "true", "yes", "off", "~", "null", "1e3", "0x10", "0o17", "017", "1_000", "1:30", ".inf", "-.INF", ".nan", "2001-01-01",
-        "2001-01-01 12:00:00", "[", "{", "a: b", "- a", "#", "!!str 3", "!!int x", "&a 1", "*a", "'x'", "\"\\x00\"", "<<", "=", "%",
-        "${HOME}", "$(id)", "{{ 7 }}", "../../etc", "/etc/passwd", "-", "--", "--config", "\t", "\n", "\x00", "", " ", "9" * 5000, "[" * 300,
-        "{class_path: os.system}", "!!python/object/apply:os.system [id]", "a.yaml", "file:///etc/passwd", "\ud800",
+        "true", "yes", "off", "~", "null", "1e3", "0x10", "0o17", "017", "1_000", "1:30", ".inf", "-.INF",
+        ".nan", "2001-01-01", "2001-01-01 12:00:00", "[", "{", "a: b", "- a", "#", "!!str 3", "!!int x",
+        "&a 1", "*a", "'x'", "\"\\x00\"", "<<", "=", "%", "${HOME}", "$(id)", "{{ 7 }}", "../../etc",
+        "/etc/passwd", "-", "--", "--config", "\t", "\n", "\x00", "", " ", "9" * 5000, "[" * 300,
+        "{class_path: os.system}", "!!python/object/apply:os.system [id]", "a.yaml", "file:///etc/passwd",
+        "\ud800",
     ]
 )  # fmt: skip
 YAML_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | TEXTS | _SCALARS | st.dates() | st.datetimes() | st.binary(max_size=4),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(TEXTS | st.integers() | st.booleans() | st.none(), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | TEXTS
+    | _SCALARS
+    | st.dates()
+    | st.datetimes()
+    | st.binary(max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(TEXTS | st.integers() | st.booleans() | st.none(), inner, max_size=3)
+    ),
     max_leaves=4,
-)  # fmt: skip
+)
 
 
 @st.composite
@@ -179,10 +194,13 @@ def flags(draw: st.DrawFn) -> list[str]:
                 _SCALARS | st.just(yaml.dump(value, default_flow_style=True).removesuffix("...\n").strip())
             )
         args += [f"--{name}={text}"] if draw(st.booleans()) else [f"--{name}", text]
-    odd = draw(st.sampled_from([[], [], [], ["extra"], ["--"], ["-x"], ["--data"], ["--probe={mode: frozen}"], ["--data+=x"],
-        ["--data.columns.id=x"], ["--data.columns.id.x=x"], ["--config"], ["--config=/nowhere"], ["--nothing.at.all=3"], ["--=x"],
-        ["--probe.targets+=layers"], ["--probe.targets+", "x"], ["--data.path.x=3"], ["--data.path+=x"], ["--selection.weights={g: 2}"],
-        ["--selection.weights=5"], ["--data=a.yaml"], ["--data={path: z}"], ["--model.class_path=os.system"], ["--data.help"]]))  # fmt: skip
+    odd = draw(st.sampled_from([
+        [], [], [], ["extra"], ["--"], ["-x"], ["--data"], ["--probe={mode: frozen}"], ["--data+=x"],
+        ["--data.columns.id=x"], ["--data.columns.id.x=x"], ["--config"], ["--config=/nowhere"],
+        ["--nothing.at.all=3"], ["--=x"], ["--probe.targets+=layers"], ["--probe.targets+", "x"],
+        ["--data.path.x=3"], ["--data.path+=x"], ["--selection.weights={g: 2}"], ["--selection.weights=5"],
+        ["--data=a.yaml"], ["--data={path: z}"], ["--model.class_path=os.system"], ["--data.help"],
+    ]))  # fmt: skip
     return [*args, *odd] if draw(st.booleans()) else [*odd, *args]
 
 
@@ -249,14 +267,21 @@ _SECTIONS = [
     "flops_profiler",
     "wall_clock_breakdown",
 ]
-_DS_VALUES = st.sampled_from(["auto", 0, 1, 2, 3, 4, True, False, None, "AdamW", "Adam", "SGD", "os.system", 1e400, [], {}, {"enabled": True}, {"enabled": "auto"}, {"stage": 3}, {"stage": "auto"}, {"stage": True}, {"type": "AdamW", "params": {"lr": "auto"}}, {"type": "__class__"}, {"type": []}, {"params": 5}]) | VALUES  # fmt: skip
+_DS_VALUES = st.sampled_from([
+    "auto", 0, 1, 2, 3, 4, True, False, None, "AdamW", "Adam", "SGD", "os.system", 1e400, [], {},
+    {"enabled": True}, {"enabled": "auto"}, {"stage": 3}, {"stage": "auto"}, {"stage": True},
+    {"type": "AdamW", "params": {"lr": "auto"}}, {"type": "__class__"}, {"type": []}, {"params": 5},
+]) | VALUES  # fmt: skip
 
 
 @st.composite
 def deepspeed_files(draw: st.DrawFn) -> bytes:
     """A DeepSpeed JSON file."""
     if draw(st.integers(0, 5)) == 0:
-        return draw(st.sampled_from([b"", b"[]", b"null", b"NaN", b"{", b"\xff", b"[" * 100_000, b'{"a": ' * 100_000, b'\xef\xbb\xbf{}']) | st.binary(max_size=20))  # fmt: skip
+        return draw(st.sampled_from([
+            b"", b"[]", b"null", b"NaN", b"{", b"\xff", b"[" * 100_000, b'{"a": ' * 100_000,
+            b'\xef\xbb\xbf{}',
+        ]) | st.binary(max_size=20))  # fmt: skip
     keys = st.sampled_from(_SECTIONS) | TEXTS
     content = draw(
         st.dictionaries(keys, _DS_VALUES | st.dictionaries(keys, _DS_VALUES, max_size=3), max_size=4)
@@ -282,11 +307,17 @@ def check_deepspeed(folder: Path, content: bytes) -> bool:
 
 # ---- launcher variables
 
-_VARIABLES = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "MASTER_ADDR", "MASTER_PORT",
-    "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_JOB_ID", "SLURM_STEP_TASKS_PER_NODE",
-    "SLURM_TASKS_PER_NODE", "SLURM_STEP_NODELIST", "SLURM_NODELIST", "SLURM_STEP_NUM_NODES"]  # fmt: skip
+_VARIABLES = [
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "MASTER_ADDR",
+    "MASTER_PORT", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID",
+    "SLURM_NODEID", "SLURM_JOB_ID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE",
+    "SLURM_STEP_NODELIST", "SLURM_NODELIST", "SLURM_STEP_NUM_NODES",
+]  # fmt: skip
 _VARIABLE_VALUES = st.sampled_from(
-    ["0", "1", "2", "8", "-1", "", "x", "1.5", "²", "٣", "9" * 5000, "99999", "n[1-3],m", "n[", "[1", "2(x3),1", "2(x999999999)", "1(x0)", "a,b", ",", "\x00", "127.0.0.1", "\n"]
+    [
+        "0", "1", "2", "8", "-1", "", "x", "1.5", "²", "٣", "9" * 5000, "99999", "n[1-3],m", "n[", "[1",
+        "2(x3),1", "2(x999999999)", "1(x0)", "a,b", ",", "\x00", "127.0.0.1", "\n",
+    ]
 )  # fmt: skip
 ENVIRONMENTS = st.dictionaries(
     st.sampled_from(_VARIABLES), _VARIABLE_VALUES | st.text(max_size=6), max_size=12

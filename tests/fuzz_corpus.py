@@ -1,7 +1,7 @@
 """Hostile corpora: what lines, arrays, CSV files and tables are made of, and what must hold of each.
 
-Every row of a corpus ends in the token store or among the rejected, once, with a reason of one printable line;
-all that may be raised is a GradsDistError of one line. A subset has the bytes of its rows.
+Every row of a corpus ends in the token store or among the rejected, once, with a reason of one printable
+line; all that may be raised is a GradsDistError of one line. A subset has the bytes of its rows.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ _SPACE = b" \t\n\r\v\f"
 
 _ODD_TEXT = st.sampled_from(
     [
-        "", " ", "\ud800", "\udfff a", "a\x00b", "\x1b[31mred\x1b[0m", "\u2028", "\u202e", "\ufeff", "<|im_end|>",
-        "</s>", "<s>", "{{ 7 * 7 }}", "{% generation %}", "[", '{"a": 1', "\r\n", "x" * 3000, "e\u0301", "𝒳",
+        "", " ", "\ud800", "\udfff a", "a\x00b", "\x1b[31mred\x1b[0m", "\u2028", "\u202e", "\ufeff",
+        "<|im_end|>", "</s>", "<s>", "{{ 7 * 7 }}", "{% generation %}", "[", '{"a": 1', "\r\n", "x" * 3000,
+        "e\u0301", "𝒳",
     ]
 )  # fmt: skip
 TEXTS = st.text(max_size=12) | _ODD_TEXT
@@ -151,11 +152,13 @@ def _damaged(draw: st.DrawFn, line: bytes) -> bytes:
 
 _ODD_LINES = st.sampled_from(
     [
-        b"", b" \t", b"\r", b"null", b"[]", b"{}", b"NaN", b"-Infinity", b'"text"', b"1e999999", b"\xff\xfe",
-        b"\x00", b"\xef\xbb\xbf{}", b"[" * 100_000, b"{\"a\":" * 100_000, b'{"text": ' + b"[" * 20_000 + b"]" * 20_000 + b"}",
-        b'{"text": "a", "text": 5}', b'{"messages": [], "messages": null}', b'{"text": "a"}\r', b'{"text": "\\ud800"}',
-        b'{"text": ' + b"9" * 5000 + b"}", b'{"input_ids": [1e308, NaN]}', b'{"text": "' + b"y" * 70_000 + b'"}',
-        b'{"\\u001b[31m": 1}', b'{"messages": ' + b'[{"role":"user","content":' * 3000 + b"1}", b"\x0b", b"\x0c{}", b"\x85",
+        b"", b" \t", b"\r", b"null", b"[]", b"{}", b"NaN", b"-Infinity", b'"text"', b"1e999999",
+        b"\xff\xfe", b"\x00", b"\xef\xbb\xbf{}", b"[" * 100_000, b"{\"a\":" * 100_000,
+        b'{"text": ' + b"[" * 20_000 + b"]" * 20_000 + b"}", b'{"text": "a", "text": 5}',
+        b'{"messages": [], "messages": null}', b'{"text": "a"}\r', b'{"text": "\\ud800"}',
+        b'{"text": ' + b"9" * 5000 + b"}", b'{"input_ids": [1e308, NaN]}',
+        b'{"text": "' + b"y" * 70_000 + b'"}', b'{"\\u001b[31m": 1}',
+        b'{"messages": ' + b'[{"role":"user","content":' * 3000 + b"1}", b"\x0b", b"\x0c{}", b"\x85",
     ]
 )  # fmt: skip
 

@@ -17,7 +17,10 @@ from grads_dist.data.rows import Broken
 from grads_dist.errors import DataError
 
 _BATCH_ROWS = 1024
-_READ_ERRORS = (OSError, pa.ArrowException)
+# UnicodeDecodeError: names of columns that are no UTF-8.
+_READ_ERRORS = (OSError, pa.ArrowException, UnicodeDecodeError)
+# Texts that are no UTF-8, and dates beyond those that Python has.
+_VALUE_ERRORS = (ValueError, OverflowError, LookupError, pa.ArrowException)
 
 
 class TableFile:
@@ -54,8 +57,7 @@ class TableFile:
                 return
             low, high = max(start - position, 0), min(stop - position, len(batch))
             if low < high:
-                for row in batch.slice(low, high - low).to_pylist():
-                    yield {name: _without_nulls(value) for name, value in row.items()}
+                yield from self._values(batch.slice(low, high - low), position + low)
 
     def taken(self, rows: np.ndarray) -> Iterator[pa.RecordBatch]:
         """The sorted `rows` with equal values, in batches; only their blocks are read."""
@@ -68,8 +70,28 @@ class TableFile:
     def json_lines(self, rows: np.ndarray) -> Iterator[bytes]:
         """The sorted `rows` as JSON objects of equal values, a line each."""
         for batch in self.taken(rows):
-            for row in batch.to_pylist():
+            for row in self._values(batch, None):
+                if isinstance(row, Broken):
+                    raise DataError(f"data.path: a broken row cannot become a JSON line; {row.reason}")
                 yield json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+
+    def _values(self, batch: pa.RecordBatch, position: int | None) -> Iterator[dict[str, Any] | Broken]:
+        """The rows of `batch`, without null fields inside its values unless `position` is None."""
+        try:
+            rows = batch.to_pylist()
+        except _VALUE_ERRORS as error:
+            if len(batch) == 1:
+                where = self.path.name if position is None else f"{self.path.name}, row {position}"
+                yield Broken(f"a value cannot be read ({where}: {_first_line(error)})")
+                return
+            for k in range(len(batch)):
+                yield from self._values(batch.slice(k, 1), None if position is None else position + k)
+            return
+        for row in rows:
+            if position is None:
+                yield row
+            else:
+                yield {name: _without_nulls(value) for name, value in row.items()}
 
     def _batches(self, blocks: list[int], columns: list[str] | None) -> Iterator[tuple[int, pa.RecordBatch]]:
         """(row number of its first row, batch) over the ascending blocks."""

@@ -53,7 +53,7 @@ class ChatTemplate:
     ) -> str:
         """The conversation as text, with the header that prompts an answer if asked.
 
-        Raises RowError when the template refuses the conversation, ConfigError when it is no Jinja or does not
+        Raises RowError when the template refuses the conversation, ConfigError when it is no Jinja or has no
         end.
         """
         return self._render(messages, add_generation_prompt, tools, False)[0]
@@ -85,8 +85,8 @@ class ChatTemplate:
             raise ConfigError(f"data.chat_template: broken Jinja: {error.msg}") from error
         except _EndlessError as error:
             raise ConfigError(
-                f"data.chat_template: rendering a conversation takes more than {LONGEST_RENDERING:g} s; allowed: "
-                "a template that ends (a file), in place of the model's own"
+                f"data.chat_template: rendering a conversation takes more than {LONGEST_RENDERING:g} s; "
+                "allowed: a template that ends (a file), in place of the model's own"
             ) from error
         except _TEMPLATE_ERRORS as error:
             fault = shorten(str(error) or type(error).__name__, _MOST_QUOTED)

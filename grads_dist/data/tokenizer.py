@@ -10,7 +10,6 @@ from typing import Any
 
 from grads_dist.errors import ConfigError
 
-
 # What transformers raises for files that are missing, damaged or of another kind.
 _LOADING_ERRORS = (OSError, ValueError, LookupError, ImportError, AttributeError, TypeError, RuntimeError)
 

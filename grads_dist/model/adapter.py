@@ -59,7 +59,8 @@ def _read_config(adapter: str) -> Any:
     if getattr(config, "megatron_config", None) is not None:
         # PEFT would import the module that the adapter calls Megatron's; not every version checks which.
         raise ConfigError(
-            f"model.adapter: {adapter!r} sets megatron_config, which imports code by name; allowed: one without"
+            f"model.adapter: {adapter!r} sets megatron_config, which imports code by name; allowed: an "
+            "adapter without it"
         )
     return config
 

@@ -149,14 +149,15 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
 
 
 def _check_kernels(config: ModelConfig, loaded: PretrainedConfig) -> None:
-    """Refuse a configuration that names kernels of the hub: transformers would fetch their code and run it."""
+    """Refuse a configuration that names kernels of the hub, whose code transformers would fetch and run."""
     for part in {id(part): part for part in (loaded, loaded.get_text_config())}.values():
         for name in ("attn_implementation", "experts_implementation"):
             value = getattr(part, f"_{name}", None)
             if isinstance(value, str) and not value.replace("_", "").replace("|", "").isalnum():
                 raise ConfigError(
-                    f"model.name_or_path: the config.json of {config.name_or_path!r} sets {name} to {value!r}, "
-                    f"which is code of the hub; allowed: one without, or model.trust_remote_code: true"
+                    f"model.name_or_path: the config.json of {config.name_or_path!r} sets {name} to "
+                    f"{value!r}, which is code of the hub; allowed: one without, or model.trust_remote_code: "
+                    "true"
                 )
 
 
@@ -181,12 +182,12 @@ def _unloadable(config: ModelConfig, error: BaseException) -> str:
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, pickle.UnpicklingError):
-        return "its weights are a pickle that holds more than tensors, which could run code; allowed: safetensors"
+        return "its weights are a pickle of more than tensors, which could run code; allowed: safetensors"
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     if "custom code" in reason:
         return (
-            "it brings Python code of its own, which is not run; allowed: model.trust_remote_code: true, for a "
-            "model that you trust"
+            "it brings Python code of its own, which is not run; allowed: model.trust_remote_code: true, for "
+            "a model that you trust"
         )
     return reason
 

@@ -74,8 +74,8 @@ def load_deepspeed_config(path: str | None) -> dict[str, Any]:
         section = config.get(key, {})
         if section != {} and not (isinstance(section, dict) and section.get("enabled") is False):
             raise ConfigError(
-                f"deepspeed: {path!r} sets {key!r}, which writes outside of the run directory or loads code by "
-                "name; remove it, or set its enabled to false"
+                f"deepspeed: {path!r} sets {key!r}, which writes outside of the run directory or loads code "
+                "by name; remove it, or set its enabled to false"
             )
     for key in ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler"):
         if not isinstance(config.get(key, {}), dict):

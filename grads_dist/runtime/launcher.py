@@ -60,8 +60,8 @@ def place(env: Mapping[str, str]) -> Placement:
     placement = _read(env)
     if not placement.rank < placement.world_size:
         raise ConfigError(
-            f"rank: {placement.rank} among {placement.world_size} ranks, by {placement.launcher}'s variables; "
-            "allowed: a rank below the number of ranks"
+            f"rank: {placement.rank} of {placement.world_size} ranks, by {placement.launcher}'s variables; "
+            "allowed: a rank below their number"
         )
     if placement.world_size > 1 and not 0 < placement.master_port < 2**16:
         raise ConfigError(f"MASTER_PORT: {placement.master_port} is not allowed; allowed: 1 to {2**16 - 1}")

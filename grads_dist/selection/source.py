@@ -19,6 +19,8 @@ from grads_dist.selection.select import needed_columns
 
 CANDIDATE_COLUMNS = ("index", "status", "num_tokens", "token_hash")
 """What tells which rows are candidates."""
+# UnicodeDecodeError: names of columns that are no UTF-8.
+_READ_ERRORS = (OSError, pa.ArrowException, UnicodeDecodeError)
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Source:
         present = [name for name in dict.fromkeys([*columns, "checkpoint"]) if name in self.columns]
         try:
             table = pq.read_table(self.scores, columns=present)
-        except (OSError, pa.ArrowException) as error:
+        except _READ_ERRORS as error:
             raise _unreadable(self.scores, error) from error
         if not self.is_run:
             table = fill_missing(table, pq.read_metadata(self.scores).num_rows)
@@ -131,7 +133,7 @@ def table_source(scores: Path, features: Path | None, selection: SelectionConfig
 def _schema(scores: Path) -> pa.Schema:
     try:
         return pq.read_schema(scores)
-    except (OSError, pa.ArrowException) as error:
+    except _READ_ERRORS as error:
         raise _unreadable(scores, error) from error
 
 
