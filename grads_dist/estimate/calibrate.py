@@ -24,9 +24,9 @@ from grads_dist.estimate.workload import BatchSizes, Pass, seconds_over_ranks, s
 from grads_dist.model.probed import Batch
 from grads_dist.probe.batches import collate
 from grads_dist.probe.features import content_projection
-from grads_dist.probe.passes import FROZEN_STEP, FROZEN_WEIGHT
 from grads_dist.probe.run import at_checkpoint
 from grads_dist.probe.session import Session
+from grads_dist.probe.sweeps import FROZEN_STEP, FROZEN_WEIGHT
 from grads_dist.runtime.launcher import Placement, detect
 from grads_dist.runtime.ranks import Ranks
 from grads_dist.stats.sketch import unit_length
