@@ -21,6 +21,8 @@ from workspace import launch, make_model, make_rows, run_arguments, run_program,
 
 WORKER = Path(__file__).with_name("probe_worker.py")
 NUM_ROWS = 24
+LONG_ROWS = 1500
+"""Of a run that can be stopped in its middle: some seconds."""
 BOUND = 32 * float(np.finfo(np.float32).eps)
 """3.8e-6, as in test_invariance.py. All launchers make the same batches, so with one thread a rank nothing
 differs at all; another number of threads adds up in another order (observed: 6e-7)."""
@@ -191,6 +193,31 @@ def test_time_limit_stops_the_ranks_and_queues_the_job_again(cluster, stand_in, 
     text = log.read_text(encoding="utf-8")
     assert text.count("start 0 ['wait', '--overwrite', '--x', 'a b']") == 2
     assert text.count("start 1 ['wait', '--x', 'a b']") == 2
+
+
+def test_a_job_that_is_stopped_in_the_middle_goes_on_when_it_is_queued_again(cluster, tmp_path):
+    make_model(tmp_path / "model")
+    write_jsonl(tmp_path / "corpus.jsonl", make_rows(LONG_ROWS))
+    # One row a micro-batch, so that there is a middle.
+    options = {"probe__mode": "frozen", "probe__batch_tokens": 1}
+    single = run_program("probe", *run_arguments(tmp_path, "single", **options))
+    assert single.returncode == 0, single.stderr
+    args = ["probe", *run_arguments(tmp_path, "slurm", **options)]
+    job, log = cluster.submit(["--ntasks-per-node", "1"], args, tmp_path, MASTER_ADDR="127.0.0.1")
+    scores = tmp_path / "slurm" / "scores"
+    cluster.wait_until(lambda: any(scores.glob("shard-*")))
+    cluster.call("scancel", "--batch", "--signal=USR1", job)
+    cluster.wait_until(lambda: cluster.job(job)["Restarts"] == "1")
+    assert "grads-dist: error: interrupted by SIGUSR1; start the same command again" in log.read_text()
+    before = {path: path.stat().st_mtime_ns for path in scores.glob("shard-*")}
+    assert before and not (tmp_path / "slurm" / "manifest.json").exists()
+    cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now")
+    assert cluster.wait_for_end(job) == 0, log.read_text()
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    found, truth = (read_scores(tmp_path / name) for name in ("slurm", "single"))
+    assert found["index"].to_pylist() == truth["index"].to_pylist()
+    faults = faults_between(found, truth, numels(tmp_path / "single"), BOUND)
+    assert not faults, "\n".join(faults)
 
 
 def test_time_limit_reaches_the_ranks_under_torchrun(cluster, stand_in, tmp_path):
