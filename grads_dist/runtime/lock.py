@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from grads_dist.errors import ConfigError
-from grads_dist.runtime import launcher
+from grads_dist.runtime import launcher, stopping
 from grads_dist.runtime.rundir import LOCK
 
 BEAT = 10.0
@@ -149,6 +149,7 @@ class RunLock:
             owner = replace(owner, beat=owner.beat + 1)
             try:
                 if not self._is_own():
+                    stopping.request("another run, which has taken over the directory")
                     self.lost = True
                     return
                 # In place, so that network file systems show it to whoever opens the file; and if another run
