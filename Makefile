@@ -4,6 +4,8 @@
 PYTHON ?= python3
 CONSTRAINTS ?= constraints-cpu.txt
 EXTRA ?= cpu
+# Test modules that run side by side; one may start three ranks.
+WORKERS ?= 2
 
 BIN := .venv/bin
 # DeepSpeed builds a library with the ninja that it finds, at the first start of a run; kept with what it was built for.
@@ -34,7 +36,7 @@ demo: $(STAMP)
 	$(BIN)/grads-dist demo --overwrite
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses $(WORKERS) --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check

@@ -1,4 +1,4 @@
-"""A disk that is full, or cannot be written, ends a run in one line, and nothing that was complete is lost."""
+"""A disk that is full, or cannot be written, ends a run in one line, and nothing complete is lost."""
 
 from __future__ import annotations
 
