@@ -8,7 +8,8 @@ Every measurement is a process of its own (data_steps.py). `open` finds, hashes 
 and the start of the processes. `map` is what one would use instead: `datasets.Dataset.map`, batched, over
 `apply_chat_template` with the mask of the assistant's tokens; its tokens and masks are compared with the
 store's. Reading the file into the dataset (`load_dataset`) is timed apart. `train` and `frozen` are what a
-rank does apart from the model: open the store, make the plan, and collate all of its micro-batches.
+rank does apart from the model, with a store of drawn tokens: open it, make the plan, and collate all of its
+micro-batches.
 
 Processor time is that of the process and of those it starts; it says more than seconds where other programs
 are busy. Memory: see memory_watch.py.
@@ -28,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from chat_corpus import make_tokenizer, write_jsonl, write_parquet
+from drawn_store import make_store
 from report import format_table, provenance, write_csv
 
 COLUMNS = (
@@ -50,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", type=int, nargs="+", help="numbers of rows; default: 10^4, 10^5, 10^6")
+    parser.add_argument("--rows", type=int, nargs="+", help="of corpora; default: 10^4, 10^5, 10^6")
+    parser.add_argument("--stores", type=int, nargs="+", help="rows of stores; default: 10^4, 10^5, 10^6")
     parser.add_argument("--repeats", type=int, default=2, help="of what is compared, in turns")
     parser.add_argument("--data", type=Path, help="folder for corpora and caches; default: a temporary one")
     parser.add_argument("--smoke", action="store_true", help="toy sizes; the numbers mean nothing")
@@ -65,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = []
         for num_rows in args.rows or (SMOKE_SIZES if args.smoke else SIZES):
             rows += [row | about for row in measure_size(data, num_rows, args.repeats)]
+        for num_rows in args.stores or (SMOKE_SIZES if args.smoke else SIZES):
+            rows += [row | about for row in measure_rank(data, num_rows)]
         default = temporary if args.smoke else Path(__file__).parent / "results"
         write_csv(Path(args.out or default, "data_cpu.csv"), COLUMNS, rows)
     print(format_table(TABLE, rows))
@@ -85,10 +90,16 @@ def measure_size(data: Path, num_rows: int, repeats: int) -> list[dict[str, obje
         for step in steps:
             for one in measured(folder, *step):
                 found.setdefault((one.pop("step", step[0]), *step[1:]), []).append(one)
-    for step in ("train", "frozen"):
-        for one in measured(folder, step, "1 jsonl", 1):
-            found.setdefault((one.pop("step"), "store", 1), []).append(one)
     return [line(key, num_rows, results) for key, results in found.items()]
+
+
+def measure_rank(data: Path, num_rows: int) -> list[dict[str, object]]:
+    """What a rank does with a store of so many rows."""
+    folder = data / f"store {num_rows}"
+    if not folder.exists():
+        make_store(folder, num_rows)
+    found = [one for step in ("train", "frozen") for one in measured(folder, step, "", 1)]
+    return [line((one.pop("step"), "store", 1), num_rows, [one]) for one in found]
 
 
 def make_corpora(folder: Path, num_rows: int) -> None:

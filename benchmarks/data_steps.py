@@ -111,7 +111,7 @@ def check_equal(store: TokenStore, encoded: Sequence[dict]) -> None:
         assert store.loss_mask(i)[1:].tolist() == list(map(bool, encoded[i]["assistant_masks"][1:])), i
 
 
-def measure_rank(folder: Path, mode: str) -> list[dict]:
+def measure_rank(store_folder: Path, mode: str) -> list[dict]:
     """What a rank holds: the store, the plan, one batch at a time."""
     import torch
 
@@ -120,7 +120,7 @@ def measure_rank(folder: Path, mode: str) -> list[dict]:
 
     with MemoryWatch() as watch:
         start = time.perf_counter()
-        store = TokenStore.open(Path((folder / "store.txt").read_text()))
+        store = TokenStore.open(store_folder)
         opened = time.perf_counter()
         if mode == "train":
             plan = train_plan(store.num_tokens, GLOBAL_BATCH, BATCH_TOKENS, seed=0)

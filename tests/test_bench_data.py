@@ -55,9 +55,19 @@ def test_every_step_gives_its_numbers(steps, folder: Path) -> None:
     assert tokenized["num_tokens"] == int(store.num_tokens.sum())
     assert tokenized["disk_bytes"] > 5 * tokenized["num_tokens"]  # an id of 4 bytes, a mask of 1
     for mode in ("train", "frozen"):
-        found = {one["step"]: one for one in steps.measure_rank(folder, mode)}
+        found = {one["step"]: one for one in steps.measure_rank(store.path, mode)}
         assert set(found) == {"open store", f"{mode} plan", f"{mode} batches"}
         assert all(one["seconds"] > 0 for one in found.values())
+
+
+def test_a_drawn_store_is_one(steps, tmp_path: Path) -> None:
+    from drawn_store import make_store
+
+    store = TokenStore.open(make_store(tmp_path / "store", 12))
+    assert (store.num_rows, store.ids[11]) == (12, "000000011")
+    for i in range(12):
+        assert len(store.tokens(i)) == len(store.loss_mask(i)) == store.num_tokens[i]
+        assert store.loss_mask(i).sum() == store.num_label_tokens[i] and not store.loss_mask(i)[0]
 
 
 def test_the_rival_computes_the_same(steps, folder: Path) -> None:
