@@ -95,7 +95,9 @@ def _open_journal(config: Config, rundir: RunDir, ranks: Ranks, resumed: bool) -
     metrics = Metrics(rundir.logs_dir, ranks.rank, append=resumed)
     if not ranks.is_main or not getattr(config, "report_to", None):
         return Journal(metrics)
-    return Journal(metrics, open_trackers(config.report_to, asdict(config), rundir.root, rundir.root.name))
+    return Journal(
+        metrics, open_trackers(config.report_to, asdict(config), rundir.logs_dir, rundir.root.name)
+    )
 
 
 def _merge(rundir: RunDir, store: TokenStore, target: TokenStore | None, manifest: dict[str, Any]) -> str:

@@ -220,6 +220,31 @@ def test_store_is_the_same_for_one_and_two_processes(tmp_path: Path, model: Path
     same_files(stores[0].path, stores[1].path)
 
 
+def test_tokenizing_goes_on_with_the_pieces_that_are_there(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{**chat("hello " * (k % 7), "the fox " * (k % 5)), "id": f"row-{k}"} for k in range(23)]
+    path = write_jsonl(tmp_path / "a.jsonl", list(rows))
+    whole = build(tmp_path / "whole", path, model)
+    monkeypatch.setattr(tokenize_module, "CHUNK_ROWS", 5)
+    encode, encoded = tokenize_module._encode_rows, []
+
+    def failing(encoding, encoder, corpus, rows, folder):
+        if len(encoded) == 3:
+            raise KeyboardInterrupt
+        encoded.append(rows)
+        return encode(encoding, encoder, corpus, rows, folder)
+
+    monkeypatch.setattr(tokenize_module, "_encode_rows", failing)
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "cut", path, model)
+    encoded.append(None)
+    store = build(tmp_path / "cut", path, model)
+    assert encoded == [range(0, 5), range(5, 10), range(10, 15), None, range(15, 20), range(20, 23)]
+    same_files(whole.path, store.path)
+    assert [folder.name for folder in store.path.parent.iterdir()] == [store.path.name]
+
+
 def test_jsonl_and_parquet_give_the_same_tokens(tmp_path: Path, model: Path) -> None:
     rows = [chat("hello", f"fox {k}") for k in range(9)]
     write_jsonl(tmp_path / "a.jsonl", list(rows))

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -58,12 +58,23 @@ class Counts:
         self.rejected.update(other.rejected)
         self.examples = {**other.examples, **self.examples}
 
+    def save(self, path: Path) -> None:
+        """Write them as JSON."""
+        path.write_text(json.dumps({f.name: getattr(self, f.name) for f in fields(self)}), encoding="utf-8")
+
+    @staticmethod
+    def load(path: Path) -> Counts:
+        """The inverse of `save`."""
+        content = json.loads(path.read_text(encoding="utf-8"))
+        examples = {kind: (index, reason) for kind, (index, reason) in content.pop("examples").items()}
+        return Counts(**{**content, "rejected": Counter(content["rejected"]), "examples": examples})
+
 
 class ChunkWriter:
     """Writes the encoded rows of one contiguous part of the corpus to a folder, buffer by buffer."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         self.counts = Counts()
         self._files: dict[str, BinaryIO] = {name: (folder / name).open("wb") for name in ARRAYS}
         self._rejected = (folder / REJECTED).open("w", encoding="utf-8")
@@ -119,7 +130,7 @@ class ChunkWriter:
 
 
 def join_chunks(chunks: Sequence[Path], folder: Path) -> None:
-    """Join the chunks, in order, into the .npy files of a store in `folder`, and remove them."""
+    """Join the chunks, in order, into the .npy files of a store in `folder`."""
     for name, dtype in ARRAYS.items():
         sizes = [(chunk / name).stat().st_size for chunk in chunks]
         with (folder / f"{name}.npy").open("wb") as target:
@@ -135,8 +146,6 @@ def join_chunks(chunks: Sequence[Path], folder: Path) -> None:
         for chunk in chunks:
             with (chunk / REJECTED).open("rb") as source:
                 shutil.copyfileobj(source, target, 1 << 22)
-    for chunk in chunks:
-        shutil.rmtree(chunk)
 
 
 def _write_header(target: BinaryIO, dtype: np.dtype, size: int) -> None:

@@ -8,7 +8,7 @@ import json
 import logging
 import multiprocessing
 import os
-from collections.abc import Iterator
+import shutil
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 # A process takes seconds to start, so it must have that many rows to do before another one is worth it.
 _ROWS_WORTH_A_PROCESS = 10_000
 _CHUNKS_PER_WORKER = 4
+CHUNK_ROWS = 20_000
+"""Rows that a process encodes in a piece, at most: some ten seconds, which are lost with it."""
+_COUNTS = "counts.json"
 
 
 def tokenize(
@@ -44,8 +47,10 @@ def tokenize(
 
     vocab_size: the model's; rows with a token id beyond it are rejected. rows: which rows of the corpus the
     store is of, all by default. The store does not depend on the number of processes. Raises ConfigError for
-    a tokenizer, template or cache that cannot be used, DataError
-    when the columns fit no format or no row can be used.
+    a tokenizer, template or cache that cannot be used, DataError when the columns fit no format or no row can
+    be used.
+
+    A large corpus is encoded in pieces that are kept until all are there, so that a later call goes on.
     """
     encoding = Encoding(config, tuple(resolve_formats(config, corpus)), tokenizer_source, vocab_size)
     encoder = RowEncoder(encoding)
@@ -55,16 +60,33 @@ def tokenize(
     if (folder / META).exists():
         logger.info("tokens found in the cache: %s", folder)
     else:
-        with publish(folder) as temporary:
-            chunks = _plan(config.num_workers, rows)
-            counts = _run(encoding, encoder, corpus, chunks, temporary)
-            _check_any(counts, len(rows))
-            join_chunks([temporary / name for name, _, _ in chunks], temporary)
-            meta = _meta(encoding, encoder, corpus, counts)
-            (temporary / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        pieces = folder.with_name(f"{folder.name}-pieces")
+        try:
+            _build(encoding, encoder, corpus, rows, folder, pieces)
+        except FileNotFoundError:
+            # Another run may have done the same at the same time, and removed the pieces.
+            if not (folder / META).exists():
+                raise
+        except DataError:
+            shutil.rmtree(pieces, ignore_errors=True)
+            raise
+        shutil.rmtree(pieces, ignore_errors=True)
     store = TokenStore.open(folder)
     _report(store)
     return store
+
+
+def _build(
+    encoding: Encoding, encoder: RowEncoder, corpus: Corpus, rows: range, folder: Path, pieces: Path
+) -> None:
+    """Make the store `folder`; what is complete of it meanwhile lies in `pieces`."""
+    chunks = _plan(encoding.config.num_workers, rows)
+    counts = _run(encoding, encoder, corpus, chunks, pieces)
+    _check_any(counts, len(rows))
+    with publish(folder) as temporary:
+        join_chunks([pieces / name for name, _, _ in chunks], temporary)
+        meta = _meta(encoding, encoder, corpus, counts)
+        (temporary / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
 def cached(
@@ -85,12 +107,14 @@ Chunk = tuple[str, int, int]
 
 
 def _plan(num_workers: int | None, rows: range) -> list[Chunk]:
-    """Contiguous chunks: one if a single process does them, a few a process otherwise."""
-    num_rows = len(rows)
-    num_workers = worker_count(num_workers, num_rows)
-    count = 1 if num_workers == 1 else min(num_rows, num_workers * _CHUNKS_PER_WORKER)
-    edges = [rows.start + num_rows * k // count for k in range(count + 1)]
-    return [(f"chunk-{k:05d}", edges[k], edges[k + 1]) for k in range(count)]
+    """Contiguous chunks of at most CHUNK_ROWS, and a few a process where there are several."""
+    num_workers = worker_count(num_workers, len(rows))
+    size = CHUNK_ROWS
+    if num_workers > 1:
+        size = min(size, -(-len(rows) // (num_workers * _CHUNKS_PER_WORKER)))
+    edges = [*range(rows.start, rows.stop, size), rows.stop]
+    # The names say which rows, since another number of processes may cut them in other places.
+    return [(f"{start:012d}-{stop:012d}", start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
 
 
 def worker_count(num_workers: int | None, num_rows: int) -> int:
@@ -104,27 +128,33 @@ def worker_count(num_workers: int | None, num_rows: int) -> int:
 def _run(
     encoding: Encoding, encoder: RowEncoder, corpus: Corpus, chunks: list[Chunk], folder: Path
 ) -> Counts:
+    """Encode the chunks that are not in `folder`; returns the counts of all."""
+    missing = [chunk for chunk in chunks if not (folder / chunk[0]).exists()]
+    num_rows = sum(stop - start for _, start, stop in missing)
+    if len(missing) < len(chunks):
+        logger.info("tokens of %d rows are there already", chunks[-1][2] - chunks[0][1] - num_rows)
+    num_workers = worker_count(encoding.config.num_workers, max(1, num_rows))
+    if num_workers == 1:
+        for chunk in missing:
+            _encode_chunk(encoding, encoder, corpus, chunk, folder)
+    else:
+        logger.info("tokenizing %d rows in %d processes", num_rows, num_workers)
+        _in_processes((encoding, corpus.sources), missing, folder, num_workers)
     total = Counts()
-    if len(chunks) == 1:
-        total.add(_encode_chunk(encoding, encoder, corpus, chunks[0], folder))
-        return total
-    num_rows = chunks[-1][2] - chunks[0][1]
-    num_workers = worker_count(encoding.config.num_workers, num_rows)
-    logger.info("tokenizing %d rows in %d processes", num_rows, num_workers)
-    for counts in _in_processes((encoding, corpus.sources), chunks, folder, num_workers):
-        total.add(counts)
+    for name, _, _ in chunks:
+        total.add(Counts.load(folder / name / _COUNTS))
     return total
 
 
 def _in_processes(
     work: tuple[Encoding, list[Source]], chunks: list[Chunk], folder: Path, num_workers: int
-) -> Iterator[Counts]:
+) -> None:
     # Spawned: this process may hold threads, a GPU and process groups, none of which survives a fork.
     pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), _start_worker, work)
     try:
         futures = [pool.submit(_work, chunk, folder) for chunk in chunks]
         for chunk, future in zip(chunks, futures, strict=True):
-            yield future.result()
+            future.result()
             logger.info("tokenized the rows up to %d", chunk[2])
     except BrokenProcessPool as error:
         raise GradsDistError(
@@ -146,19 +176,27 @@ def _start_worker(encoding: Encoding, sources: list[Source]) -> None:
     _worker = (encoding, RowEncoder(encoding), Corpus.of(sources, encoding.config))
 
 
-def _work(chunk: Chunk, folder: Path) -> Counts:
+def _work(chunk: Chunk, folder: Path) -> None:
     assert _worker is not None
-    return _encode_chunk(*_worker, chunk, folder)
+    _encode_chunk(*_worker, chunk, folder)
 
 
 def _encode_chunk(
     encoding: Encoding, encoder: RowEncoder, corpus: Corpus, chunk: Chunk, folder: Path
-) -> Counts:
+) -> None:
     name, start, stop = chunk
+    with publish(folder / name) as temporary:
+        counts = _encode_rows(encoding, encoder, corpus, range(start, stop), temporary)
+        counts.save(temporary / _COUNTS)
+
+
+def _encode_rows(
+    encoding: Encoding, encoder: RowEncoder, corpus: Corpus, rows: range, folder: Path
+) -> Counts:
     config = encoding.config
-    with ChunkWriter(folder / name) as writer:
+    with ChunkWriter(folder) as writer:
         for part, row_format in enumerate(encoding.formats):
-            low, high = corpus.part_range(part, start, stop)
+            low, high = corpus.part_range(part, rows.start, rows.stop)
             if low >= high:
                 continue
             for index, row in corpus.iter_rows(low, high, used_columns(config, row_format)):
