@@ -112,9 +112,9 @@ def _source(path: Path) -> Source:
     kind = KINDS.get(path.suffix.lower())
     if kind is None:
         raise ConfigError(f"data.path: {str(path)!r} does not end in {', '.join(KINDS)}")
-    if not path.is_file():
+    if path.exists() and not path.is_file():
         # A pipe or a device would be read for ever, or not twice.
-        raise ConfigError(f"data.path: {str(path)!r} is no file, or a link to none")
+        raise ConfigError(f"data.path: {str(path)!r} is no file that can be read twice")
     return Source(path, kind)
 
 
@@ -137,6 +137,10 @@ def _loose(folder: Path) -> list[Source]:
     paths = [path for path in paths if not any(p.startswith(".") for p in path.relative_to(folder).parts)]
     used = [path for path in paths if path.suffix.lower() in KINDS and path.name not in _ABOUT]
     used = [path for path in used if not path.is_dir()]
+    for path in used:
+        if not path.is_file():
+            # Passed over, its rows would be missed by nobody.
+            raise ConfigError(f"data.path: {str(path)!r} is no file, or a link to none")
     if not used:
         raise ConfigError(f"data.path: no file in {str(folder)!r} ends in {', '.join(KINDS)}")
     passed = [str(path.relative_to(folder)) for path in sorted({*paths} - {*used})]
