@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 from reliability import describe
 
 PHASES = ("importing", "tokenizing", "loading", "probing", "merging", "selecting")
-"""In order. Importing lasts until the run is locked; tokenizing, until it is known what an earlier start has left;
-loading, until the first file of a pass is there; probing, until all rows are in shards; merging, until the manifest
-is there; selecting, until the end."""
+"""In order. Importing lasts until the run is locked; tokenizing, until it is known what an earlier start has
+left; loading, until the first file of a pass is there; probing, until all rows are in shards; merging, until
+the manifest is there; selecting, until the end."""
 
 
 class Phases:

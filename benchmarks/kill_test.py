@@ -2,10 +2,10 @@
 
     python benchmarks/kill_test.py --kills 50 --seed 1
 
-Each run is started by one command again and again, on one to three ranks, bare or under torchrun. Meanwhile one rank,
-torchrun's agent, or everything is killed, until the run has had its kills and may finish. What is checked: each corpus
-row is in the table or among the rejected ones, once; the numbers are those of the undisturbed run, and the selection
-is the same; nothing is left over; whatever survives a kill ends within a minute, by itself.
+Each run is started by one command again and again, on one to three ranks, bare or under torchrun. Meanwhile
+one rank, torchrun's agent, or everything is killed, until the run has had its kills and may finish. What is
+checked: each corpus row is in the table or among the rejected ones, once; the numbers are those of the
+undisturbed run, and the selection is the same; nothing is left over; what survives a kill ends within a minute.
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ from run_checks import Outcome, check_run
 SURVIVORS_END_WITHIN = 60.0
 PATIENCE = 300.0
 """Seconds that a start may take that nobody kills."""
-FINISHES = 1
-"""Starts that a run may need once nobody kills any more."""
 
 DELAYS = {
     "importing": 6.0,
@@ -111,7 +109,7 @@ class Line:
 COLUMNS = tuple(Line.__dataclass_fields__)
 
 
-class Failed(Exception):
+class FailedError(Exception):
     """The program did what it must not."""
 
 
@@ -130,15 +128,17 @@ class Cycle:
         self._starts = 0
 
     def finish(self, num_ranks: int) -> Line:
-        """Start it and leave it alone. Raises Failed unless it ends well."""
+        """Start it and leave it alone. Raises FailedError unless it ends well."""
         started = self._start(num_ranks, torchrun=False)
         if started.wait(PATIENCE) is None or any(started.codes()):
             raise self._failed(started, f"was left alone and ended with {started.codes()}")
         return self._line(started)
 
     def kill(self, planned: Kill, rng: random.Random) -> Line | None:
-        """Start it and kill it as planned; None where it had ended well before. Raises Failed if survivors
-        stay, or if it ended badly before."""
+        """Start it and kill it as planned; None where it had ended well before.
+
+        Raises FailedError if survivors stay, or if it had ended badly.
+        """
         if planned.aim == "tokenizing":
             shutil.rmtree(self.run.with_name(f"{self.name}-cache"), ignore_errors=True)
         phases = Phases(self.run, NUM_ROWS - len(UNUSABLE))
@@ -187,10 +187,10 @@ class Cycle:
         case = self.case
         return Line(self.name, case.mode, case.stage, self._starts, launcher, started.num_ranks)
 
-    def _failed(self, started: Start, what: str) -> Failed:
+    def _failed(self, started: Start, what: str) -> FailedError:
         output = started.output()
         started.kill()
-        return Failed(f"{self.name}: start {self._starts} ({started.num_ranks} ranks) {what}\n{output}")
+        return FailedError(f"{self.name}: start {self._starts} ({started.num_ranks} ranks) {what}\n{output}")
 
 
 def _choose(started: Start, victim: str, rng: random.Random) -> list[int]:
@@ -264,11 +264,26 @@ def summarize(lines: list[Line]) -> tuple[str, bool]:
     good = not (lost or doubled or faults)
     longest = f"survivors ended within {max(seconds):.0f} s" if seconds else "no survivors"
     closing = (
-        f"kill test: {'pass' if good else 'FAIL'}: {len(kills)} kills in {len(ends)} runs and {len(lines)} starts; "
-        f"{lost} rows lost, {doubled} doubled; {sum(bool(line.exact) for line in ends)} tables equal in every bit; "
-        f"{longest}"
+        f"kill test: {'pass' if good else 'FAIL'}: {len(kills)} kills in {len(ends)} runs and {len(lines)} "
+        f"starts; {lost} rows lost, {doubled} doubled; {sum(bool(line.exact) for line in ends)} tables equal "
+        f"in every bit; {longest}"
     )
     return "\n".join([*table, *faults, closing]), good
+
+
+def _tell(line: Line) -> str:
+    """A line of a start, for who waits."""
+    what = (
+        f"{line.victim} killed while {line.phase}"
+        if line.phase
+        else f"ended well{line.faults and ', FAULTS'}"
+    )
+    ended = (
+        ""
+        if line.seconds_to_end is None
+        else f"; {line.survivors} others ended in {line.seconds_to_end:.0f} s"
+    )
+    return f"{line.run} start {line.start} ({line.num_ranks} ranks, {line.launcher}): {what}{ended}"
 
 
 def run_all(folder: Path, num_kills: int, seed: int, cases: tuple[Case, ...] = CASES) -> list[Line]:
@@ -283,7 +298,7 @@ def run_all(folder: Path, num_kills: int, seed: int, cases: tuple[Case, ...] = C
         kills = plan_kills(case, min(left, rng.randint(4, 7)), rng)
         found = run_cycle(cycle, references[case.name], kills, rng)
         lines += found
-        print(*(f"{asdict(line)}" for line in found), sep="\n", flush=True)
+        print(*map(_tell, found), sep="\n", flush=True)
         number += 1
     return lines
 
@@ -307,7 +322,7 @@ def main() -> int:
                 lines = run_all(folder, 2, options.seed, CASES[:1])
             else:
                 lines = run_all(folder, options.kills, options.seed)
-        except Failed as error:
+        except FailedError as error:
             print(f"{error}\nkill test: FAIL, seed {options.seed}")
             return 1
     told = provenance(torch.device("cpu"))

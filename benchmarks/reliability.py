@@ -1,4 +1,4 @@
-"""Starts of the program as several ranks, watched from outside, in a folder with a small model and a corpus."""
+"""Starts of the program as several ranks, watched from outside, over a small model and a corpus."""
 
 from __future__ import annotations
 
@@ -66,8 +66,10 @@ def free_port() -> int:
 
 @dataclass
 class Start:
-    """One start of the program as `num_ranks` ranks: under torchrun, or bare, where nobody ends a rank that waits
-    for a dead one."""
+    """One start of the program as `num_ranks` ranks: under torchrun, or bare.
+
+    Then nobody ends a rank that waits for a dead one.
+    """
 
     args: Sequence[str]
     num_ranks: int
@@ -122,7 +124,7 @@ class Start:
         return sorted({*self.ranks(), *(p.pid for p in self.processes if p.poll() is None)})
 
     def wait(self, seconds: float) -> float | None:
-        """Wait until no process is left; returns the seconds that took, None if some are there after `seconds`."""
+        """Wait until no process is left; returns the seconds that took, None if it takes longer."""
         begin = time.monotonic()
         while self.alive():
             if time.monotonic() - begin > seconds:
@@ -162,7 +164,7 @@ def kill(pid: int) -> None:
 
 
 def _children(parent: int) -> dict[int, str]:
-    """Process numbers of the children of a process, with what tells each from a later process of its number."""
+    """Process numbers of the children of a process, with when each started."""
     found = {}
     for task in Path(f"/proc/{parent}/task").glob("*"):
         try:

@@ -1,4 +1,4 @@
-"""Runs of which ranks are killed end, on the next starts, with the table and the selection of an undisturbed one.
+"""A run whose ranks are killed ends, started again, with the table and the selection of an undisturbed one.
 
 benchmarks/kill_test.py does this at random, many times; here are three kills at three moments.
 """
