@@ -5,7 +5,7 @@
 Each run is started by one command again and again, on one to three ranks, bare or under torchrun. Meanwhile
 one rank, torchrun's agent, or everything is killed, until the run has had its kills and may finish. What is
 checked: each corpus row is in the table or among the rejected ones, once; the numbers are those of the
-undisturbed run, and the selection is the same; nothing is left over; what survives a kill ends within a minute.
+undisturbed run, and the selection is the same; nothing is left over; survivors of a kill end within a minute.
 """
 
 from __future__ import annotations
