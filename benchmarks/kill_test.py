@@ -314,6 +314,7 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="two kills of one run, to see that it works")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the CSV")
     options = parser.parse_args()
+    told = provenance(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
@@ -325,7 +326,6 @@ def main() -> int:
         except FailedError as error:
             print(f"{error}\nkill test: FAIL, seed {options.seed}")
             return 1
-    told = provenance(torch.device("cpu"))
     name = "kill_test_smoke" if options.smoke else "kill_test"
     rows = [{**asdict(line), "seed": options.seed, **told} for line in lines]
     write_csv(options.out / f"{name}.csv", [*COLUMNS, "seed", *told], rows)

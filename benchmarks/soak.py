@@ -2,9 +2,9 @@
 
     python benchmarks/soak.py --minutes 30
 
-Two processes probe without pause, one in frozen mode and one in train mode (ZeRO-2, a rank each), while the anonymous
-memory that each holds is read every second. After a warm-up of a fifth of the time, the median of the last tenth may be
-2 % above that of the first. In the end both are asked to stop.
+Two processes probe without pause, one in frozen mode and one in train mode (ZeRO-2, a rank each), while the
+anonymous memory that each holds is read every second. After a warm-up of a fifth of the time, the median of
+the last tenth may be 2 % above that of the first tenth. In the end both are asked to stop.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Growth:
 
 
 def measure_growth(seconds: np.ndarray, mib: np.ndarray) -> Growth:
-    """Medians of the first and the last window after the warm-up, and the slope of a line through all between."""
+    """Medians of the first and the last window after the warm-up, and the slope of a line through all."""
     share = seconds / seconds[-1]
     kept = share >= WARM_UP
     slope = np.polyfit(seconds[kept] / 3600, mib[kept], 1)[0] if kept.sum() > 1 else 0.0
@@ -204,12 +204,12 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="20 seconds, to see that it works")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the CSV")
     options = parser.parse_args()
+    told = provenance(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         soaks = soak(folder, 20 if options.smoke else 60 * options.minutes)
         text, good = tell(soaks, judged=not options.smoke)
-    told = provenance(torch.device("cpu"))
     name = "soak_smoke" if options.smoke else "soak"
     write_csv(options.out / f"{name}.csv", [*COLUMNS, *told], _lines(soaks, told))
     if not options.smoke:
