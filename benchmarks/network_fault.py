@@ -3,8 +3,8 @@
     python benchmarks/network_fault.py
 
 The hosts are network namespaces with a router between them, and run one rank each. The link goes down, or the
-router drops every packet, in the middle of a frozen probe, where ranks exchange nothing but signs of life, and
-of training, where a collective is under way. Needs root; prints why it is skipped where it cannot run.
+router drops every packet, in the middle of a frozen probe, where ranks exchange only signs of life, and of
+training, where a collective is under way. Needs root; prints why it is skipped where it cannot run.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def run_through(network: Network, args: Sequence[str], log: Path) -> None:
 
 
 def cut_once(network: Network, started: Start, phases: Phases, fault: str) -> tuple[int, list[float]]:
-    """Cut the link in the middle; returns the rows written until then and the seconds until each end ended."""
+    """Cut the link in the middle; returns the rows written by then and the seconds until each end ended."""
     begin = time.monotonic()
     while not phases.num_written():
         if not started.alive() or time.monotonic() - begin > PATIENCE:
