@@ -295,7 +295,7 @@ def run_all(folder: Path, num_kills: int, seed: int, cases: tuple[Case, ...] = C
     while (left := num_kills - sum(bool(line.phase) for line in lines)) > 0:
         case, rng = cases[number % len(cases)], random.Random(f"{seed} {number}")
         cycle = Cycle(folder, case, f"{number:02d}-{case.name}")
-        kills = plan_kills(case, min(left, rng.randint(4, 7)), rng)
+        kills = plan_kills(case, min(left, rng.randint(5, 8)), rng)
         found = run_cycle(cycle, references[case.name], kills, rng)
         lines += found
         print(*map(_tell, found), sep="\n", flush=True)
