@@ -28,7 +28,7 @@ from report import provenance, write_csv
 from run_checks import Outcome, check_run
 
 SURVIVORS_END_WITHIN = 60.0
-PATIENCE = 300.0
+PATIENCE = 600.0
 """Seconds that a start may take that nobody kills."""
 
 DELAYS = {
@@ -110,7 +110,11 @@ COLUMNS = tuple(Line.__dataclass_fields__)
 
 
 class FailedError(Exception):
-    """The program did what it must not."""
+    """The program did what it must not, in the start that `line` is about."""
+
+    def __init__(self, message: str, line: Line) -> None:
+        super().__init__(message)
+        self.line = line
 
 
 class Cycle:
@@ -129,10 +133,10 @@ class Cycle:
 
     def finish(self, num_ranks: int) -> Line:
         """Start it and leave it alone. Raises FailedError unless it ends well."""
-        started = self._start(num_ranks, torchrun=False)
-        if started.wait(PATIENCE) is None or any(started.codes()):
-            raise self._failed(started, f"was left alone and ended with {started.codes()}")
-        return self._line(started)
+        with self._start(num_ranks, torchrun=False) as started:
+            if started.wait(PATIENCE) is None or any(started.codes()):
+                raise self._failed(started, f"was left alone and ended with {started.codes()}")
+            return self._line(started)
 
     def kill(self, planned: Kill, rng: random.Random) -> Line | None:
         """Start it and kill it as planned; None where it had ended well before.
@@ -142,13 +146,15 @@ class Cycle:
         if planned.aim == "tokenizing":
             shutil.rmtree(self.run.with_name(f"{self.name}-cache"), ignore_errors=True)
         phases = Phases(self.run, NUM_ROWS - len(UNUSABLE))
-        started = self._start(planned.num_ranks, planned.torchrun)
-        if not self._await_moment(started, phases, planned):
-            return None
-        line = self._line(started)
-        line = replace(line, aim=planned.aim, phase=phases.now(), victim=planned.victim)
+        with self._start(planned.num_ranks, planned.torchrun) as started:
+            if not self._await_moment(started, phases, planned):
+                return None
+            return self._kill_now(started, phases, planned, rng)
+
+    def _kill_now(self, started: Start, phases: Phases, planned: Kill, rng: random.Random) -> Line | None:
+        victim, victims = _choose(started, planned.victim, rng)
+        line = replace(self._line(started), aim=planned.aim, phase=phases.now(), victim=victim)
         line = replace(line, rows_before=phases.num_written())
-        victims = _choose(started, planned.victim, rng)
         survivors = len(started.alive()) - len(victims)
         for pid in victims:
             kill(pid)
@@ -157,6 +163,8 @@ class Cycle:
             raise self._failed(
                 started, f"has survivors {SURVIVORS_END_WITHIN:.0f} s after {planned} fell in {line.phase}"
             )
+        if not any(started.codes()):
+            return None
         if not survivors:
             return replace(line, survivors=0)
         return replace(line, survivors=survivors, seconds_to_end=seconds, causes=len(started.causes()))
@@ -188,19 +196,19 @@ class Cycle:
         return Line(self.name, case.mode, case.stage, self._starts, launcher, started.num_ranks)
 
     def _failed(self, started: Start, what: str) -> FailedError:
-        output = started.output()
-        started.kill()
-        return FailedError(f"{self.name}: start {self._starts} ({started.num_ranks} ranks) {what}\n{output}")
+        ranks = f"{started.num_ranks} ranks"
+        message = f"{self.name}: start {self._starts} ({ranks}) {what}\n{started.output()}"
+        return FailedError(message, self._line(started))
 
 
-def _choose(started: Start, victim: str, rng: random.Random) -> list[int]:
-    """Process numbers of those to kill."""
+def _choose(started: Start, victim: str, rng: random.Random) -> tuple[str, list[int]]:
+    """What is killed, and the process numbers of that."""
     agent = [started.processes[0].pid] if started.torchrun else []
     ranks = started.ranks()
     if victim == "rank" and ranks:
-        return [rng.choice(ranks)]
+        return "rank", [rng.choice(ranks)]
     # torchrun may not have started its ranks yet.
-    return [*agent, *ranks] if victim == "all" else agent
+    return ("all", [*agent, *ranks]) if victim == "all" else ("agent", agent)
 
 
 def plan_kills(case: Case, count: int, rng: random.Random) -> Iterator[Kill]:
@@ -235,13 +243,17 @@ def run_references(folder: Path, cases: tuple[Case, ...]) -> dict[str, Path]:
 def run_cycle(cycle: Cycle, reference: Path, kills: Iterator[Kill], rng: random.Random) -> list[Line]:
     """Kill a run as planned and let it finish; what came of each start, and of the run in the last line."""
     lines, num_ranks = [], cycle.case.world_size or rng.choice((1, 2, 3))
-    for planned in kills:
-        line = cycle.kill(planned, rng)
-        if line is None:
-            break
-        lines.append(line)
-    last = cycle.finish(num_ranks)
-    return [*lines, _with_outcome(last, check_run(cycle.run, reference, NUM_ROWS))]
+    try:
+        for planned in kills:
+            line = cycle.kill(planned, rng)
+            if line is None:
+                break
+            lines.append(line)
+        last = cycle.finish(num_ranks)
+        return [*lines, _with_outcome(last, check_run(cycle.run, reference, NUM_ROWS))]
+    except FailedError as error:
+        print(error, flush=True)
+        return [*lines, replace(error.line, faults=str(error).partition("\n")[0])]
 
 
 def _with_outcome(line: Line, outcome: Outcome) -> Line:
@@ -259,9 +271,9 @@ def summarize(lines: list[Line]) -> tuple[str, bool]:
         table.append(f"{phase:<14}" + "".join(f"{counts[phase, kind]:>8}" for kind in kinds))
     ends = [line for line in lines if line.lost is not None]
     lost, doubled = (sum(getattr(line, name) for line in ends) for name in ("lost", "doubled"))
-    faults = [f"{line.run}: {line.faults}" for line in ends if line.faults]
+    faults = [f"{line.run}: {line.faults}" for line in lines if line.faults]
     seconds = [line.seconds_to_end for line in kills if line.seconds_to_end is not None]
-    good = not (lost or doubled or faults)
+    good = bool(ends) and not (lost or doubled or faults)
     longest = f"survivors ended within {max(seconds):.0f} s" if seconds else "no survivors"
     closing = (
         f"kill test: {'pass' if good else 'FAIL'}: {len(kills)} kills in {len(ends)} runs and {len(lines)} "

@@ -76,12 +76,9 @@ def start(network: Network, args: Sequence[str], log: Path) -> Start:
 
 def run_through(network: Network, args: Sequence[str], log: Path) -> None:
     """Run the program to its end. Raises FailedError unless it ends well."""
-    started = start(network, args, log)
-    ended = started.wait(PATIENCE)
-    codes, output = started.codes(), started.output()
-    started.kill()
-    if ended is None or any(codes):
-        raise FailedError(f"{log.name}: ended with {codes}\n{output}")
+    with start(network, args, log) as started:
+        if started.wait(PATIENCE) is None or any(started.codes()):
+            raise FailedError(f"{log.name}: ended with {started.codes()}\n{started.output()}")
 
 
 def cut_once(network: Network, started: Start, phases: Phases, fault: str) -> tuple[int, list[float]]:
@@ -109,12 +106,9 @@ def fault_run(network: Network, folder: Path, mode: str, fault: str) -> list[Lin
     run, log = folder / name, folder / "starts" / name
     args = arguments(folder, run, stage, **options)
     phases = Phases(run, NUM_ROWS - len(UNUSABLE))
-    started = start(network, args, log)
-    try:
+    with start(network, args, log) as started:
         rows, seconds = cut_once(network, started, phases, fault)
-    finally:
-        started.kill()
-        network.restore()
+    network.restore()
     codes, causes = started.codes(), [_cause(log, rank) for rank in (0, 1)]
     run_through(network, args, log.with_name(f"{name}-again"))
     outcome: Outcome = check_run(run, folder / f"reference-{mode}", NUM_ROWS)

@@ -68,7 +68,7 @@ def free_port() -> int:
 class Start:
     """One start of the program as `num_ranks` ranks: under torchrun, or bare.
 
-    Then nobody ends a rank that waits for a dead one.
+    Then nobody ends a rank that waits for a dead one. As a context, it leaves no process behind.
     """
 
     args: Sequence[str]
@@ -100,6 +100,12 @@ class Start:
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.num_ranks), **shared}
             command = [*(self.prefixes[rank] if self.prefixes else ()), sys.executable, *program]
             self._start(command, environment(**own) if self.num_ranks > 1 else environment(**self.variables))
+
+    def __enter__(self) -> Start:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
 
     def _start(self, command: list[str], env: dict[str, str]) -> None:
         with self._path(len(self.processes)).open("wb") as file:
