@@ -12,25 +12,20 @@ from __future__ import annotations
 
 import argparse
 import random
-import shutil
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from kill_phases import PHASES, Phases
-from reliability import NUM_ROWS, POLL, ROOT, UNUSABLE, Start, arguments, kill, make_workspace
+from kill_cycle import Case, Cycle, Kill, Line, run_cycle
+from kill_phases import PHASES
+from reliability import make_workspace, results_folder
 from report import provenance, write_csv
-from run_checks import Outcome, check_run
 
-SURVIVORS_END_WITHIN = 60.0
-PATIENCE = 600.0
-"""Seconds that a start may take that nobody kills."""
-
+COLUMNS = tuple(Line.__dataclass_fields__)
 DELAYS = {
     "importing": 6.0,
     "tokenizing": 0.1,
@@ -43,18 +38,6 @@ DELAYS = {
 AIMS = (*PHASES, "probing", "probing", "merging", "selecting")
 
 
-@dataclass(frozen=True)
-class Case:
-    """A kind of run."""
-
-    name: str
-    mode: str
-    stage: int
-    world_size: int | None
-    """Ranks of every start; None: any number."""
-    options: dict[str, object] = field(default_factory=dict)
-
-
 TRAIN = {"probe__mode": "train", "probe__checkpoint_steps": 5}
 CASES = (
     Case("frozen", "frozen", 0, None, {"probe__mode": "frozen"}),
@@ -63,152 +46,6 @@ CASES = (
     Case("train-zero1", "train", 1, 2, TRAIN),
     Case("train-zero3", "train", 3, 2, TRAIN),
 )
-
-
-@dataclass(frozen=True)
-class Kill:
-    """A start that is killed."""
-
-    num_ranks: int
-    torchrun: bool
-    aim: str
-    """The phase at whose beginning the clock starts."""
-    delay: float
-    """Seconds from there to the kill."""
-    victim: str
-    """"rank": one of them; "agent": torchrun's; "all"."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """What came of one start."""
-
-    run: str
-    mode: str
-    stage: int
-    start: int
-    launcher: str
-    num_ranks: int
-    aim: str = ""
-    phase: str = ""
-    """The phase in which the kill fell; empty where the start ended before it."""
-    victim: str = ""
-    rows_before: int | None = None
-    """Rows in shards at the kill."""
-    survivors: int | None = None
-    seconds_to_end: float | None = None
-    """From the kill to the end of the last survivor."""
-    causes: int | None = None
-    """Lines in which survivors say why the run ended."""
-    lost: int | None = None
-    doubled: int | None = None
-    exact: bool | None = None
-    faults: str = ""
-
-
-COLUMNS = tuple(Line.__dataclass_fields__)
-
-
-class FailedError(Exception):
-    """The program did what it must not, in the start that `line` is about."""
-
-    def __init__(self, message: str, line: Line) -> None:
-        super().__init__(message)
-        self.line = line
-
-
-class Cycle:
-    """One run: killed, started again, and so on.
-
-    Args:
-        folder: the workspace.
-        name: of the run directory.
-    """
-
-    def __init__(self, folder: Path, case: Case, name: str) -> None:
-        self.case, self.name, self.run = case, name, folder / name
-        self._folder = folder
-        self._args = arguments(folder, self.run, case.stage, **case.options)
-        self._starts = 0
-
-    def finish(self, num_ranks: int) -> Line:
-        """Start it and leave it alone. Raises FailedError unless it ends well."""
-        with self._start(num_ranks, torchrun=False) as started:
-            if started.wait(PATIENCE) is None or any(started.codes()):
-                raise self._failed(started, f"was left alone and ended with {started.codes()}")
-            return self._line(started)
-
-    def kill(self, planned: Kill, rng: random.Random) -> Line | None:
-        """Start it and kill it as planned; None where it had ended well before.
-
-        Raises FailedError if survivors stay, or if it had ended badly.
-        """
-        if planned.aim == "tokenizing":
-            shutil.rmtree(self.run.with_name(f"{self.name}-cache"), ignore_errors=True)
-        phases = Phases(self.run, NUM_ROWS - len(UNUSABLE))
-        with self._start(planned.num_ranks, planned.torchrun) as started:
-            if not self._await_moment(started, phases, planned):
-                return None
-            return self._kill_now(started, phases, planned, rng)
-
-    def _kill_now(self, started: Start, phases: Phases, planned: Kill, rng: random.Random) -> Line | None:
-        victim, victims = _choose(started, planned.victim, rng)
-        line = replace(self._line(started), aim=planned.aim, phase=phases.now(), victim=victim)
-        line = replace(line, rows_before=phases.num_written())
-        survivors = len(started.alive()) - len(victims)
-        for pid in victims:
-            kill(pid)
-        seconds = started.wait(SURVIVORS_END_WITHIN)
-        if seconds is None:
-            raise self._failed(
-                started, f"has survivors {SURVIVORS_END_WITHIN:.0f} s after {planned} fell in {line.phase}"
-            )
-        if not any(started.codes()):
-            return None
-        if not survivors:
-            return replace(line, survivors=0)
-        return replace(line, survivors=survivors, seconds_to_end=seconds, causes=len(started.causes()))
-
-    def _await_moment(self, started: Start, phases: Phases, planned: Kill) -> bool:
-        """Wait for the moment of the kill; False where all is over before it."""
-        begin, moment = time.monotonic(), None
-        while started.alive():
-            now = time.monotonic()
-            if moment is None and PHASES.index(phases.now()) >= PHASES.index(planned.aim):
-                moment = now + planned.delay
-            if moment is not None and now >= moment:
-                return True
-            if now - begin > PATIENCE:
-                raise self._failed(started, f"did not come to {planned.aim} within {PATIENCE:.0f} s")
-            time.sleep(POLL)
-        if any(started.codes()):
-            raise self._failed(started, f"ended with {started.codes()} before it was killed")
-        return False
-
-    def _start(self, num_ranks: int, torchrun: bool) -> Start:
-        self._starts += 1
-        log = self._folder / "starts" / f"{self.name}-{self._starts:02d}"
-        return Start(self._args, num_ranks, torchrun, log)
-
-    def _line(self, started: Start) -> Line:
-        launcher = "torchrun" if started.torchrun else "none"
-        case = self.case
-        return Line(self.name, case.mode, case.stage, self._starts, launcher, started.num_ranks)
-
-    def _failed(self, started: Start, what: str) -> FailedError:
-        ranks = f"{started.num_ranks} ranks"
-        message = f"{self.name}: start {self._starts} ({ranks}) {what}\n{started.output()}"
-        return FailedError(message, self._line(started))
-
-
-def _choose(started: Start, victim: str, rng: random.Random) -> tuple[str, list[int]]:
-    """What is killed, and the process numbers of that."""
-    agent = [started.processes[0].pid] if started.torchrun else []
-    ranks = started.ranks()
-    if victim == "rank" and ranks:
-        return "rank", [rng.choice(ranks)]
-    # torchrun may not have started its ranks yet.
-    return ("all", [*agent, *ranks]) if victim == "all" else ("agent", agent)
 
 
 def plan_kills(case: Case, count: int, rng: random.Random) -> Iterator[Kill]:
@@ -240,27 +77,6 @@ def run_references(folder: Path, cases: tuple[Case, ...]) -> dict[str, Path]:
     return found
 
 
-def run_cycle(cycle: Cycle, reference: Path, kills: Iterator[Kill], rng: random.Random) -> list[Line]:
-    """Kill a run as planned and let it finish; what came of each start, and of the run in the last line."""
-    lines, num_ranks = [], cycle.case.world_size or rng.choice((1, 2, 3))
-    try:
-        for planned in kills:
-            line = cycle.kill(planned, rng)
-            if line is None:
-                break
-            lines.append(line)
-        last = cycle.finish(num_ranks)
-        return [*lines, _with_outcome(last, check_run(cycle.run, reference, NUM_ROWS))]
-    except FailedError as error:
-        print(error, flush=True)
-        return [*lines, replace(error.line, faults=str(error).partition("\n")[0])]
-
-
-def _with_outcome(line: Line, outcome: Outcome) -> Line:
-    faults = "; ".join(outcome.faults)
-    return replace(line, lost=outcome.lost, doubled=outcome.doubled, exact=outcome.exact, faults=faults)
-
-
 def summarize(lines: list[Line]) -> tuple[str, bool]:
     """A table of the kills, a closing line, and whether all is well."""
     kills = [line for line in lines if line.phase]
@@ -285,17 +101,12 @@ def summarize(lines: list[Line]) -> tuple[str, bool]:
 
 def _tell(line: Line) -> str:
     """A line of a start, for who waits."""
-    what = (
-        f"{line.victim} killed while {line.phase}"
-        if line.phase
-        else f"ended well{line.faults and ', FAULTS'}"
-    )
-    ended = (
-        ""
-        if line.seconds_to_end is None
-        else f"; {line.survivors} others ended in {line.seconds_to_end:.0f} s"
-    )
-    return f"{line.run} start {line.start} ({line.num_ranks} ranks, {line.launcher}): {what}{ended}"
+    what = "ended well" if line.phase == "" else f"{line.victim} killed while {line.phase}"
+    if line.seconds_to_end is not None:
+        what += f"; {line.survivors} others ended in {line.seconds_to_end:.0f} s"
+    if line.faults:
+        what = line.faults
+    return f"{line.run} start {line.start} ({line.num_ranks} ranks, launcher {line.launcher}): {what}"
 
 
 def run_all(folder: Path, num_kills: int, seed: int, cases: tuple[Case, ...] = CASES) -> list[Line]:
@@ -317,30 +128,24 @@ def run_all(folder: Path, num_kills: int, seed: int, cases: tuple[Case, ...] = C
 
 def main() -> int:
     """Kill, print the table and write the report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="keep the runs and what they wrote here; else removed")
     parser.add_argument("--smoke", action="store_true", help="two kills of one run, to see that it works")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the CSV")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the CSV; default: benchmarks/results, none in smoke"
+    )
     options = parser.parse_args()
     told = provenance(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            if options.smoke:
-                lines = run_all(folder, 2, options.seed, CASES[:1])
-            else:
-                lines = run_all(folder, options.kills, options.seed)
-        except FailedError as error:
-            print(f"{error}\nkill test: FAIL, seed {options.seed}")
-            return 1
-    name = "kill_test_smoke" if options.smoke else "kill_test"
-    rows = [{**asdict(line), "seed": options.seed, **told} for line in lines]
-    write_csv(options.out / f"{name}.csv", [*COLUMNS, "seed", *told], rows)
+        num_kills, cases = (2, CASES[:1]) if options.smoke else (options.kills, CASES)
+        lines = run_all(folder, num_kills, options.seed, cases)
+        rows = [{**asdict(line), "seed": options.seed, **told} for line in lines]
+        out = results_folder(options.out, options.smoke, Path(temporary))
+        write_csv(out / "kill_test.csv", [*COLUMNS, "seed", *told], rows)
     text, good = summarize(lines)
     print(text)
     return 0 if good else 1

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from kill_phases import Phases
 from network import FAULTS, Network, make_network, why_not
-from reliability import POLL, ROOT, UNUSABLE, Start, arguments, free_port, make_workspace
+from reliability import POLL, UNUSABLE, Start, arguments, free_port, make_workspace, results_folder
 from report import provenance, write_csv
 from run_checks import Outcome, check_run
 
@@ -157,10 +157,12 @@ def main() -> int:
     """Cut, print and write the report."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--folder", type=Path, help="keep the runs and what they wrote here; else removed")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the CSV")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the CSV; default: benchmarks/results, none in smoke"
+    )
     parser.add_argument("--smoke", action="store_true", help="one cut, to see that it works")
     options = parser.parse_args()
-    name, some = ("network_fault_smoke", 1) if options.smoke else ("network_fault", None)
+    some = 1 if options.smoke else None
     reason = why_not()
     if reason is not None:
         print(f"network fault test: skipped: {reason}")
@@ -174,7 +176,9 @@ def main() -> int:
         except FailedError as error:
             print(f"{error}\nnetwork fault test: FAIL")
             return 1
-    write_csv(options.out / f"{name}.csv", [*COLUMNS, *told], [{**asdict(x), **told} for x in lines])
+        out = results_folder(options.out, options.smoke, Path(temporary))
+        rows = [{**asdict(line), **told} for line in lines]
+        write_csv(out / "network_fault.csv", [*COLUMNS, *told], rows)
     good = all(line.good for line in lines)
     faults = [f"{line.mode}, {line.fault}: {line.faults}" for line in lines if line.faults]
     longest = max(line.seconds_to_end for line in lines)

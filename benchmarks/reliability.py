@@ -57,6 +57,11 @@ def environment(**variables: str) -> dict[str, str]:
     return clean_environment(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", **variables)
 
 
+def results_folder(wanted: Path | None, smoke: bool, temporary: Path) -> Path:
+    """Where a CSV goes: what smoke measures means nothing, and is not kept unless it is asked for."""
+    return wanted or (temporary if smoke else ROOT / "benchmarks" / "results")
+
+
 def free_port() -> int:
     """A port that nobody listens on at the moment."""
     with socket.socket() as probe:

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from reliability import ROOT, Start, arguments, make_workspace
+from reliability import ROOT, Start, arguments, make_workspace, results_folder
 from report import provenance, write_csv
 
 WARM_UP = 0.2
@@ -202,7 +202,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--folder", type=Path, help="keep the runs here; else removed")
     parser.add_argument("--smoke", action="store_true", help="20 seconds, to see that it works")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the CSV")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the CSV; default: benchmarks/results, none in smoke"
+    )
     options = parser.parse_args()
     told = provenance(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as temporary:
@@ -210,8 +212,8 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
         soaks = soak(folder, 20 if options.smoke else 60 * options.minutes)
         text, good = tell(soaks, judged=not options.smoke)
-    name = "soak_smoke" if options.smoke else "soak"
-    write_csv(options.out / f"{name}.csv", [*COLUMNS, *told], _lines(soaks, told))
+        out = results_folder(options.out, options.smoke, Path(temporary))
+        write_csv(out / "soak.csv", [*COLUMNS, *told], _lines(soaks, told))
     if not options.smoke:
         plot(soaks, ROOT / "docs" / "images" / "soak.png")
     print(text)

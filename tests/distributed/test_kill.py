@@ -47,7 +47,9 @@ def test_kills_lose_nothing(killed, kill_test):
     assert lines[-1].lost == lines[-1].doubled == 0
 
 
-def test_the_check_sees_what_would_be_wrong(killed, kill_test, tmp_path):
+def test_the_check_sees_what_would_be_wrong(killed, tmp_path):
+    from kill_cycle import NUM_ROWS, check_run
+
     cycle, _, reference = killed
     spoilt = shutil.copytree(cycle.run, tmp_path / "spoilt")
     table = pq.read_table(spoilt / "scores.parquet")
@@ -55,7 +57,7 @@ def test_the_check_sees_what_would_be_wrong(killed, kill_test, tmp_path):
     louder = table.set_column(column, table.field(column), [table["loss"].to_numpy() * 1.001])
     pq.write_table(louder, spoilt / "scores.parquet")
     (spoilt / ".tmp-1-scores.parquet").touch()
-    found = kill_test.check_run(spoilt, reference, kill_test.NUM_ROWS)
+    found = check_run(spoilt, reference, NUM_ROWS)
     assert (found.lost, found.doubled, found.good) == (0, 0, False)
     assert any(fault.startswith("loss of") for fault in found.faults)
     assert any("left over" in fault for fault in found.faults)
@@ -63,5 +65,5 @@ def test_the_check_sees_what_would_be_wrong(killed, kill_test, tmp_path):
     pq.write_table(table.slice(1), spoilt / "scores.parquet")
     with (spoilt / "rejected.jsonl").open("a") as file:
         file.write(json.dumps({"index": table["index"][5].as_py(), "reason": "none"}) + "\n")
-    found = kill_test.check_run(spoilt, reference, kill_test.NUM_ROWS)
+    found = check_run(spoilt, reference, NUM_ROWS)
     assert (found.lost, found.doubled) == (1, 1)
