@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 
+pytestmark = pytest.mark.timeout(600)
+
 
 @pytest.fixture(scope="module")
 def kill_test():
