@@ -24,11 +24,11 @@ from reliability import POLL, UNUSABLE, Start, arguments, free_port, make_worksp
 from report import provenance, write_csv
 from run_checks import Outcome, check_run
 
-NUM_ROWS = 2000
-PATIENCE = 300.0
+NUM_ROWS = 1500
+PATIENCE = 600.0
 END_WITHIN = 60.0
-CUT_AFTER = 1.0
-"""Seconds after the first shard of the score table."""
+CUT_AFTER = NUM_ROWS // 4
+"""Rows in shards of the score table at which the link is cut."""
 MODES: dict[str, tuple[int, dict[str, object]]] = {
     "frozen": (0, {"probe__mode": "frozen"}),
     "train": (2, {"probe__mode": "train", "probe__checkpoint_steps": 10}),
@@ -84,12 +84,10 @@ def run_through(network: Network, args: Sequence[str], log: Path) -> None:
 def cut_once(network: Network, started: Start, phases: Phases, fault: str) -> tuple[int, list[float]]:
     """Cut the link in the middle; returns the rows written by then and the seconds until each end ended."""
     begin = time.monotonic()
-    while not phases.num_written():
+    while (rows := phases.num_written()) < CUT_AFTER:
         if not started.alive() or time.monotonic() - begin > PATIENCE:
             raise FailedError(f"did not come to the probe: {started.codes()}\n{started.output()}")
         time.sleep(POLL)
-    time.sleep(CUT_AFTER)
-    rows = phases.num_written()
     network.cut(fault)
     cut, seconds = time.monotonic(), [float("inf")] * 2
     while started.alive() and time.monotonic() - cut < 2 * END_WITHIN:
