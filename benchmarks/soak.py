@@ -15,7 +15,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,6 +44,7 @@ MODES: dict[str, tuple[int, dict[str, object]]] = {
     "train": (2, {"probe__mode": "train", "probe__features": "none"}),
 }
 COLUMNS = ("mode", "seconds", "rss_anon_mib")
+IMAGE = ROOT / "docs" / "images" / "soak.svg"
 
 
 @dataclass
@@ -173,19 +174,22 @@ def tell(soaks: list[Soak], judged: bool) -> tuple[str, bool]:
     return "\n".join([*lines, f"soak: {verdict}"]), good or not judged
 
 
-def plot(soaks: list[Soak], path: Path) -> None:
-    """Draw memory over time, where matplotlib is there."""
+def plot(lines: Sequence[Mapping[str, object]], path: Path) -> None:
+    """Draw the lines of the CSV, where matplotlib is there."""
     try:
         from matplotlib import pyplot
     except ImportError:
+        print("no picture: matplotlib is not installed")
         return
-    figure, axes = pyplot.subplots(figsize=(7, 3))
-    for each in soaks:
-        axes.plot(np.array(each.seconds) / 60, each.mib, label=f"{each.mode} mode")
+    pyplot.rcParams["svg.hashsalt"] = "grads_dist"
+    figure, axes = pyplot.subplots(figsize=(7, 3), layout="constrained")
+    for mode in MODES:
+        own = [line for line in lines if line["mode"] == mode]
+        minutes = [float(str(line["seconds"])) / 60 for line in own]
+        axes.plot(minutes, [float(str(line["rss_anon_mib"])) for line in own], label=f"{mode} mode")
     axes.set(xlabel="minutes", ylabel="anonymous memory, MiB", ylim=(0, None))
     axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def _lines(soaks: list[Soak], told: Mapping[str, object]) -> list[dict[str, object]]:
@@ -213,9 +217,10 @@ def main() -> int:
         soaks = soak(folder, 20 if options.smoke else 60 * options.minutes)
         text, good = tell(soaks, judged=not options.smoke)
         out = results_folder(options.out, options.smoke, Path(temporary))
-        write_csv(out / "soak.csv", [*COLUMNS, *told], _lines(soaks, told))
+        lines = _lines(soaks, told)
+        write_csv(out / "soak.csv", [*COLUMNS, *told], lines)
     if not options.smoke:
-        plot(soaks, ROOT / "docs" / "images" / "soak.png")
+        plot(lines, IMAGE)
     print(text)
     return 0 if good else 1
 
