@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from grads_dist import commands
 from grads_dist.commands import Action
-from grads_dist.errors import ConfigError, GradsDistError, Interrupted
+from grads_dist.errors import ConfigError, GradsDistError, Interrupted, one_line, shown
 from grads_dist.runtime import launcher, logs, stopping
 from grads_dist.runtime.faults import explain_os_error
 from grads_dist.runtime.launcher import detect
@@ -157,7 +157,7 @@ def _drop_output() -> None:
 
 
 def _print_error(message: str, before: str = "") -> None:
-    print(f"{before}grads-dist: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(f"{shown(before)}grads-dist: error: {one_line(message)}", file=sys.stderr, flush=True)
 
 
 def _only_asks(args: Sequence[str]) -> bool:

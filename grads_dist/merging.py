@@ -76,7 +76,7 @@ def _read(folder: Path) -> Part:
             f"arguments: {str(folder)!r} is not finished (share {identity['share']}); start it again, and it "
             "goes on"
         )
-    return Part(rundir, identity, json.loads(rundir.manifest.read_text(encoding="utf-8")))
+    return Part(rundir, identity, rundir.read_manifest())
 
 
 def _check(parts: Sequence[Part]) -> None:

@@ -19,7 +19,7 @@ from grads_dist.config import Config, save_config
 from grads_dist.data.config import DataConfig
 from grads_dist.data.corpus import Corpus
 from grads_dist.errors import ConfigError
-from grads_dist.identity import Share, differences, identify, read_identity, write_identity
+from grads_dist.identity import Identity, Share, differences, identify, read_identity, write_identity
 from grads_dist.preflight import check_before_work
 from grads_dist.resume import Done, take_stock
 from grads_dist.runtime.lock import RunLock
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from grads_dist.runtime.ranks import Ranks
 
 log = logging.getLogger(__name__)
+
+CLEARING = "clearing"
+"""In a run's identity while what an earlier run has left is removed: shards of both would be mixed up."""
 
 REJECTED_SHARE = 0.01
 """Share of rejected rows above which a warning says so."""
@@ -142,40 +145,44 @@ def _settle(
     rundir, config = request.rundir, prepared.config
     deepspeed = load_deepspeed_config(config.deepspeed)
     identity = identify(config, corpora, deepspeed, request.share, num_rows)
-    resumed = rundir.started.exists() and not request.overwrite
+    resumed = not request.overwrite and _goes_on(rundir, identity)
+    finished = resumed and rundir.manifest.exists()
     done = Done()
-    if resumed:
-        changed = differences(read_identity(rundir.started), identity)
-        if changed is not None:
-            raise ConfigError(
-                f"output_dir: {str(rundir.root)!r} holds another run: {changed}; allowed: what it was, "
-                "another folder, or --overwrite to start anew"
-            )
-        if not rundir.manifest.exists():
-            done = take_stock(config, rundir, prepared.num_rows)
+    if resumed and not finished:
+        done = take_stock(config, rundir, prepared.num_rows)
         if done.position is not None and not done.trained:
             check_world_size(done.position, ranks.world_size)
-    rundir.create(request.overwrite, resumable=True)
     store = corpora["data.path"][1]
+    if not resumed:
+        write_identity({**identity, CLEARING: True}, rundir.started)
+        rundir.clear(keep=rundir.started)
+    rundir.create(overwrite=False, resumable=True)
     if not resumed:
         write_rejected(rundir.rejected, store, {})
         write_identity(identity, rundir.started)
     save_config(config, rundir.config)
     _describe_start(rundir, ranks)
-    if store.num_rejected > REJECTED_SHARE * (store.num_rows + store.num_rejected):
-        log.warning(
-            "%d of %d rows are rejected: see rejected.jsonl",
-            store.num_rejected,
-            store.num_rows + store.num_rejected,
-        )
+    num_rows = store.num_rows + store.num_rejected
+    if store.num_rejected > REJECTED_SHARE * num_rows:
+        log.warning("%d of %d rows are rejected: see rejected.jsonl", store.num_rejected, num_rows)
     probe = replace(config.probe, batch_tokens=allowed_tokens(config.probe.batch_tokens, rundir.limits))
-    return replace(
-        prepared,
-        config=replace(config, probe=probe),
-        resumed=resumed,
-        finished=resumed and rundir.manifest.exists(),
-        done=done,
-    )
+    config = replace(config, probe=probe)
+    return replace(prepared, config=config, resumed=resumed, finished=finished, done=done)
+
+
+def _goes_on(rundir: RunDir, identity: Identity) -> bool:
+    """Whether an earlier start has left something that counts. Raises ConfigError if it was of another run."""
+    if not rundir.started.exists():
+        return False
+    before = read_identity(rundir.started)
+    clearing = before.pop(CLEARING, False)
+    changed = differences(before, identity)
+    if changed is not None:
+        raise ConfigError(
+            f"output_dir: {str(rundir.root)!r} holds another run: {changed}; allowed: what it was, "
+            "another folder, or --overwrite to start anew"
+        )
+    return not clearing
 
 
 def _describe_start(rundir: RunDir, ranks: Ranks) -> None:

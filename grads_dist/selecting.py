@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,7 +115,7 @@ def _check_corpus(rundir: RunDir, corpus: Corpus) -> None:
     """Refuse a corpus that changed since it was probed: row numbers would point at other rows."""
     if not rundir.manifest.exists():
         return
-    probed = json.loads(rundir.manifest.read_text(encoding="utf-8"))["corpus"]
+    probed = rundir.read_manifest()["corpus"]
     if probed != corpus.fingerprint:
         raise DataError(
             f"data.path: not the corpus that {str(rundir.root)!r} probed; restore it, or probe again"

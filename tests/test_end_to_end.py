@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -140,6 +141,21 @@ def test_a_finished_run_is_not_made_again(finished, folder):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"probed {NUM_ROWS} rows by an earlier start: ")
     assert {path: path.stat() for path in paths} == before
+
+
+def test_a_start_that_was_killed_while_it_removed_an_earlier_run(finished, folder):
+    """Whatever of the earlier run is still there belongs to other numbers, and goes."""
+    arguments = run_arguments(folder, "killed", probe__mode="frozen", probe__seed=1)
+    assert run_program("probe", *arguments).returncode == 0
+    started = read_json(folder / "killed" / "started.json")
+    shutil.rmtree(folder / "killed")
+    shutil.copytree(finished, folder / "killed")
+    (folder / "killed" / "started.json").write_text(json.dumps({**started, "clearing": True}))
+    done = run_program("probe", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert set(pq.read_table(folder / "killed" / "scores.parquet")["step"].to_pylist()) == {-1}
+    assert not (folder / "killed" / "selection").exists()
+    assert "clearing" not in read_json(folder / "killed" / "started.json")
 
 
 def test_another_run_in_its_place_is_refused(finished, folder):

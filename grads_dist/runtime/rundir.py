@@ -1,14 +1,16 @@
 """The run directory: the path of everything a run writes, and writes that are whole or absent."""
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from grads_dist.errors import ConfigError
+from grads_dist.errors import ConfigError, DataError
 
 MARKER = ".grads_dist"
 """File that says that a folder is a run directory, so that what it holds may be replaced on request."""
@@ -45,6 +47,16 @@ class RunDir:
     def manifest(self) -> Path:
         """Schema version, corpus fingerprint, constants of the targets, plan."""
         return self.root / "manifest.json"
+
+    def read_manifest(self) -> dict[str, Any]:
+        """What the manifest says. Raises DataError when it cannot be read."""
+        try:
+            content = json.loads(self.manifest.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise DataError(f"{self.manifest}: cannot be read ({error}); probe again") from None
+        if not isinstance(content, dict):
+            raise DataError(f"{self.manifest}: is no manifest of a run; probe again")
+        return content
 
     @property
     def started(self) -> Path:
@@ -179,14 +191,19 @@ class RunDir:
         Errors are those of `check`.
         """
         self.check(overwrite, resumable)
+        if overwrite:
+            self.clear()
+        self.check_links()
+        self.mark()
+
+    def clear(self, keep: Path | None = None) -> None:
+        """Remove all that a run has written, but `keep`. Raises ConfigError when that cannot be done."""
         try:
-            if overwrite:
-                for name in _WRITTEN:
+            for name in _WRITTEN:
+                if self.root / name != keep:
                     _remove(self.root / name)
         except OSError as error:
             raise self._unwritable(error) from error
-        self.check_links()
-        self.mark()
 
     def _unwritable(self, error: OSError) -> ConfigError:
         return ConfigError(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 
 from grads_dist.errors import ConfigError
@@ -53,7 +51,7 @@ def relevance_files(rundir: RunDir, criterion: str) -> list[str]:
 
 
 def _gradient_names(rundir: RunDir) -> list[str]:
-    checkpoints = json.loads(rundir.manifest.read_text(encoding="utf-8")).get("checkpoints", [])
+    checkpoints = rundir.read_manifest().get("checkpoints", [])
     return gradient_files(len(checkpoints))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +45,7 @@ def run_selection(config: Config, rundir: RunDir, corpus: Corpus) -> dict[str, A
     """
     selection = select_from(config, rundir, corpus)
     counts = {"corpus": corpus.num_rows, "rejected": _num_rejected(rundir)}
-    manifest = json.loads(rundir.manifest.read_text(encoding="utf-8"))
+    manifest = rundir.read_manifest()
     origin = Origin(config.selection, config.data, config.model, config.probe, manifest)
     folder = rundir.selection_dir(config.selection.name)
     return _write(_with_counts(selection, counts), corpus, folder, origin)

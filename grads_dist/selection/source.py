@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,7 +98,7 @@ def run_source(rundir: RunDir) -> Source:
     for path in (rundir.scores, rundir.manifest):
         if not path.exists():
             raise ConfigError(f"output_dir: {str(rundir.root)!r} has no {path.name}; probe first")
-    targets = list(json.loads(rundir.manifest.read_text(encoding="utf-8"))["targets"])
+    targets = list(rundir.read_manifest()["targets"])
     found = sorted(rundir.features("content").parent.glob("*.npy"))
     features = {path.stem: path for path in found if not path.stem.endswith(".target")}
     columns = _schema(rundir.scores).names
