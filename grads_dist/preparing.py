@@ -171,7 +171,7 @@ def _settle(
 
 
 def _goes_on(rundir: RunDir, identity: Identity) -> bool:
-    """Whether an earlier start has left something that counts. Raises ConfigError if it was of another run."""
+    """Whether an earlier start has left something that counts. Raises ConfigError where it was another run."""
     if not rundir.started.exists():
         return False
     before = read_identity(rundir.started)

@@ -124,7 +124,7 @@ def test_create_refuses_a_run_and_overwrites_on_request(tmp_path):
 
 
 OWN = ("config.yaml", "logs", "features", "scores", "selection", "scores.parquet", "manifest.json",
-       "rejected.jsonl", "environment.json", "model")  # fmt: skip
+       "rejected.jsonl", "environment.json", "model", "checkpoints", "started.json", "batch_tokens.json")  # fmt: skip
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -141,12 +141,12 @@ def test_a_folder_that_no_run_made_is_refused_and_spared(tmp_path, name, overwri
 def test_overwrite_removes_what_a_run_writes_and_nothing_else(tmp_path):
     run = RunDir(tmp_path)
     run.create(overwrite=False)
-    for name in (*OWN, "checkpoints"):
+    for name in (*OWN, "weights"):
         (run.root / name).mkdir()
     (run.root / "report.html").write_text("the user's own")
     run.create(overwrite=True)
     assert sorted(path.name for path in run.root.iterdir()) == [
-        ".grads_dist", "checkpoints", "report.html"
+        ".grads_dist", "report.html", "weights"
     ]  # fmt: skip
 
 

@@ -146,14 +146,14 @@ class RunDir:
                 f"output_dir: {str(self.root)!r} holds {found[0]} but no {MARKER}, so no run made it; "
                 "allowed: another folder"
             )
-        if not overwrite:
-            self.check_links()
         results = [name for name in found if name in _RESULTS]
         if results and not overwrite and not (resumable and self.started.is_file()):
             raise ConfigError(
                 f"output_dir: {str(self.root)!r} holds a run already ({results[0]}); "
                 "allowed: another folder, or --overwrite to replace it"
             )
+        if not overwrite:
+            self.check_links()
 
     def check_links(self) -> None:
         """Raise ConfigError for a link among what a run writes: it would have the run write elsewhere.
