@@ -247,7 +247,7 @@ def test_axolotl_reads_the_stanza(tmp_path, name, rows_per_file, monkeypatch):
             assert all(word in shown for _, said in our_turns(example) for word in said.split())
 
 
-@pytest.mark.parametrize("name", [*NO_LLAMA_FACTORY, *NO_AXOLOTL])
+@pytest.mark.parametrize("name", sorted({*NO_LLAMA_FACTORY, *NO_AXOLOTL}))
 def test_rows_that_a_trainer_cannot_read_get_no_stanza_and_a_reason(tmp_path, name):
     folder, _ = write_case(tmp_path, name)
     card = (folder / "README.md").read_text()
