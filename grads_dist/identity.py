@@ -12,7 +12,6 @@ import numpy as np
 
 from grads_dist.config import Config
 from grads_dist.errors import GradsDistError
-from grads_dist.runtime.rundir import atomic_write
 
 if TYPE_CHECKING:
     from grads_dist.data.store import TokenStore
@@ -29,6 +28,17 @@ _FREE = {
 }
 """Fields that may differ between two starts of one run: what they name is compared by content, or they change
 how the work is done and nothing of its outcome beyond rounding."""
+
+_FREE_FROZEN = ("global_batch", "learning_rate", "max_grad_norm", "objective", "epochs", "save_model")
+"""Fields of the probe that do nothing in frozen mode."""
+
+UNKNOWN = "unknown"
+"""A value that is not compared."""
+
+CLEARING = "clearing"
+"""In an identity while what an earlier run has left is removed: shards of both would be mixed up."""
+JOB = "job"
+"""The batch job that started the run."""
 
 _SHOWN = 3
 _LONGEST = 60
@@ -63,6 +73,7 @@ def identify(
     deepspeed: dict[str, Any],
     share: Share | None,
     num_rows: int,
+    dtype: str,
 ) -> Identity:
     """Everything that the numbers of a probe depend on.
 
@@ -72,16 +83,21 @@ def identify(
         deepspeed: content of the DeepSpeed file.
         share: the share of the corpus that is probed; None for all.
         num_rows: rows of the whole corpus.
+        dtype: type of the weights, which `model.dtype` may leave to the device.
     """
+    frozen = config.probe.mode == "frozen"
+    free = {**_FREE, "probe": _FREE["probe"] + (_FREE_FROZEN if frozen else ())}
+    sections = {name: values for name, values in asdict(config).items() if name in free}
     return {
         "schema": SCHEMA,
         "config": {
-            section: {k: v for k, v in values.items() if k not in _FREE[section]}
-            for section, values in asdict(config).items()
-            if section in _FREE
+            name: {key: value for key, value in values.items() if key not in free[name]}
+            for name, values in sections.items()
         },
+        "dtype": dtype,
         "models": _models(config),
-        "deepspeed": deepspeed,
+        # Where nothing is trained, it is about memory and time.
+        "deepspeed": {} if frozen else deepspeed,
         "corpora": {name: fingerprint for name, (fingerprint, _) in corpora.items()},
         "tokens": {
             name: hash_tokens(store.index, store.num_tokens, store.token_hash)
@@ -104,15 +120,11 @@ def read_identity(path: Path) -> Identity:
     return content
 
 
-def write_identity(identity: Identity, path: Path) -> None:
-    """Write it, whole or not at all."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
-
-
 def differences(before: Identity, now: Identity) -> str | None:
     """What changed from one start of a run to another, in words; None where nothing did."""
     now = json.loads(json.dumps(now))
+    for key in (CLEARING, JOB):
+        before, now = ({k: v for k, v in identity.items() if k != key} for identity in (before, now))
     told = [_tell(key, was, new) for key, was, new in _changes(before, now, "")]
     told = list(dict.fromkeys(told))
     if not told:
@@ -124,10 +136,10 @@ def differences(before: Identity, now: Identity) -> str | None:
 def _models(config: Config) -> dict[str, str]:
     """Fingerprints of the model, its adapter and the probed checkpoints, by the fields that name them."""
     from grads_dist.model.fingerprint import fingerprint
-    from grads_dist.model.load import load_text_config
+    from grads_dist.model.load import load_config
 
     model = config.model
-    commit = getattr(load_text_config(model), "_commit_hash", None)
+    commit = getattr(load_config(model), "_commit_hash", None)
     found = {"model.name_or_path": fingerprint(str(model.name_or_path), model.revision, commit)}
     if model.adapter is not None:
         found["model.adapter"] = fingerprint(model.adapter, None, None)
@@ -141,7 +153,8 @@ def _changes(before: Any, now: Any, key: str) -> list[tuple[str, Any, Any]]:
         names = list(dict.fromkeys([*before, *now]))
         parts = [_changes(before.get(n), now.get(n), f"{key}.{n}" if key else n) for n in names]
         return [change for part in parts for change in part]
-    return [] if before == now else [(key, before, now)]
+    # What joined shares cannot say is not compared.
+    return [(key, before, now)] if before not in (now, UNKNOWN) else []
 
 
 def _tell(key: str, was: Any, new: Any) -> str:
@@ -156,6 +169,8 @@ def _tell(key: str, was: Any, new: Any) -> str:
         return f"the tokens of {rest} differ (tokenizer, template, or their libraries)"
     if section == "deepspeed":
         return f"{rest} in the DeepSpeed file was {_short(was)} and is {_short(new)}"
+    if section == "dtype":
+        return f"the type of the weights was {was} and is {new}"
     if section == "share":
         return f"--shard was {was or 'not given'} and is {new or 'not given'}"
     return f"{key} was {_short(was)} and is {_short(new)}"

@@ -17,11 +17,11 @@ import pyarrow.parquet as pq
 from grads_dist import provenance
 from grads_dist.config import Config, load_config, save_config
 from grads_dist.errors import ConfigError, DataError
-from grads_dist.identity import Identity, differences, hash_tokens, read_identity, write_identity
-from grads_dist.preparing import write_json
+from grads_dist.identity import CLEARING, JOB, UNKNOWN, Identity, differences, hash_tokens, read_identity
 from grads_dist.runtime.lock import RunLock
-from grads_dist.runtime.rundir import RunDir, atomic_write
+from grads_dist.runtime.rundir import RunDir, atomic_write, write_json
 from grads_dist.table.merge import Merged, join_tables
+from grads_dist.table.notes import OUT_OF_MEMORY
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,24 @@ def merge(runs: Sequence[str], output_dir: str, overwrite: bool) -> str:
     parts = sorted((_read(Path(run).expanduser().absolute()) for run in runs), key=lambda part: part.share)
     _check(parts)
     output = RunDir(Path(output_dir).expanduser().absolute())
+    # A merge that was cut off starts again.
+    overwrite = overwrite or _is_cut_off(output)
     output.check(overwrite)
     config = _configuration(parts[0], output)
     with ExitStack() as held:
         output.mark()
         held.callback(RunLock.acquire(output.root).release)
-        output.create(overwrite)
+        write_json(output.started, {**parts[0].identity, CLEARING: True})
+        output.clear(keep=output.started)
+        output.create(overwrite=False, resumable=True)
         merged = _join(parts, output)
         _say_how(parts, output, config, merged)
     shares = f"{len(parts)} shares"
     return f"merged {len(merged.index)} rows of {shares} ({_rejected(output)} rejected): {output.scores}"
+
+
+def _is_cut_off(output: RunDir) -> bool:
+    return output.started.is_file() and bool(read_identity(output.started).get(CLEARING))
 
 
 def _read(folder: Path) -> Part:
@@ -126,9 +134,9 @@ def _join(parts: Sequence[Part], output: RunDir) -> Merged:
             [part.rundir.features(name) for part in parts], output.features(name), len(merged.index)
         )
         if "target" in manifest:
-            name = RunDir.of_target(name)
-            with atomic_write(output.features(name)) as path:
-                shutil.copyfile(parts[0].rundir.features(name), path)
+            target = RunDir.of_target(name)
+            with atomic_write(output.features(target)) as path:
+                shutil.copyfile(parts[0].rundir.features(target), path)
     return merged
 
 
@@ -159,6 +167,12 @@ def _rejected_rows(path: Path) -> list[int]:
         return [int(json.loads(line)["index"]) for line in lines]
 
 
+def _lacks_memory(output: RunDir) -> bool:
+    """Whether a row is rejected although it has tokens."""
+    with output.rejected.open(encoding="utf-8") as lines:
+        return any(str(json.loads(line)["reason"]).startswith(OUT_OF_MEMORY) for line in lines)
+
+
 def _rejected(output: RunDir) -> int:
     return len(_rejected_rows(output.rejected))
 
@@ -174,8 +188,10 @@ def _say_how(parts: Sequence[Part], output: RunDir, config: Config, merged: Merg
     """Write what says that the run is complete, and how it came about; the manifest last."""
     save_config(config, output.config)
     tokens = {**parts[0].identity["tokens"], "data.path": _hash_tokens(output)}
-    whole = {"share": None, "tokens": tokens, "usable_rows": len(merged.index)}
-    write_identity({**parts[0].identity, **whole}, output.started)
+    whole: Identity = {"share": None, "tokens": tokens, "usable_rows": len(merged.index), JOB: None}
+    if _lacks_memory(output):
+        # Rows with tokens that the table lacks.
+        whole.update(tokens={**tokens, "data.path": UNKNOWN}, usable_rows=UNKNOWN)
     write_json(output.environment, provenance.environment(1, "none", "merge"))
     manifests = [part.manifest for part in parts]
     counts = {key: sum(manifest["lm_head"][key] for manifest in manifests) for key in manifests[0]["lm_head"]}
@@ -186,3 +202,4 @@ def _say_how(parts: Sequence[Part], output: RunDir, config: Config, merged: Merg
         "merged": [str(part.rundir.root) for part in parts],
     }
     write_json(output.manifest, {**manifests[0], **summed})
+    write_json(output.started, {**parts[0].identity, **whole})

@@ -13,10 +13,10 @@ from grads_dist.config import Config
 from grads_dist.errors import GradsDistError
 from grads_dist.identity import Share
 from grads_dist.preflight import absolute
-from grads_dist.preparing import Request, prepare, write_json, write_rejected
+from grads_dist.preparing import Request, prepare, write_rejected
 from grads_dist.runtime import logs
 from grads_dist.runtime.launcher import detect
-from grads_dist.runtime.rundir import RunDir
+from grads_dist.runtime.rundir import RunDir, write_json
 from grads_dist.selecting import select_with
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def _probe(
     held.callback(journal.close)
     task = Task(prepared.config, rundir, store, target, prepared.done, journal)
     manifest = run_probe(task, ranks)
-    manifest = {**provenance.identity(prepared.config, prepared.corpus.fingerprint), **manifest}
+    manifest = {**provenance.origin(prepared.config, prepared.corpus.fingerprint), **manifest}
     if target is not None and prepared.target is not None:
         manifest["target"] = provenance.target_set(prepared.target.fingerprint, target)
     return ranks.on_main(lambda: _merge(rundir, store, target, manifest))
@@ -114,7 +114,10 @@ def _merge(rundir: RunDir, store: TokenStore, target: TokenStore | None, manifes
             merge_features(rundir, RunDir.of_target(name), target.index)
     write_rejected(rundir.rejected, store, rejected)
     counts = {"nonfinite_rows": merged.num_nonfinite, "lm_head": _describe_head(merged.notes.head_counts)}
-    write_json(rundir.manifest, {**manifest, **counts})
+    # An epoch that an earlier start ended left its count in the shards.
+    skipped = max(manifest["plan"]["skipped_steps"], merged.notes.skipped_steps)
+    plan = {**manifest["plan"], "skipped_steps": skipped}
+    write_json(rundir.manifest, {**manifest, **counts, "plan": plan})
     remove_checkpoints(rundir.checkpoints)
     if merged.num_nonfinite:
         log.warning(

@@ -12,27 +12,25 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from grads_dist import provenance
 from grads_dist.config import Config, save_config
 from grads_dist.data.config import DataConfig
 from grads_dist.data.corpus import Corpus
 from grads_dist.errors import ConfigError
-from grads_dist.identity import Identity, Share, differences, identify, read_identity, write_identity
+from grads_dist.identity import CLEARING, JOB, Identity, Share, differences, identify, read_identity
 from grads_dist.preflight import check_before_work
 from grads_dist.resume import Done, take_stock
+from grads_dist.runtime import launcher
 from grads_dist.runtime.lock import RunLock
-from grads_dist.runtime.rundir import RunDir, atomic_write
+from grads_dist.runtime.rundir import RunDir, atomic_write, write_json
 
 if TYPE_CHECKING:
     from grads_dist.data.store import TokenStore
     from grads_dist.runtime.ranks import Ranks
 
 log = logging.getLogger(__name__)
-
-CLEARING = "clearing"
-"""In a run's identity while what an earlier run has left is removed: shards of both would be mixed up."""
 
 REJECTED_SHARE = 0.01
 """Share of rejected rows above which a warning says so."""
@@ -104,7 +102,7 @@ def prepare(request: Request, ranks: Ranks, held: ExitStack) -> Prepared:
     if config.data.target is not None and config.probe.feature_names:
         with about_target():
             target_corpus = Corpus.open(target_config(config.data))
-    _claim(rundir, held)
+    _claim(rundir, ranks, held)
     store = _tokenize(config, config.data, corpus, request.share)
     corpora = {"data.path": (corpus.fingerprint, store)}
     target = None
@@ -121,13 +119,15 @@ def prepare(request: Request, ranks: Ranks, held: ExitStack) -> Prepared:
     return _settle(request, ranks, prepared, corpora, corpus.num_rows)
 
 
-def _claim(rundir: RunDir, held: ExitStack) -> None:
+def _claim(rundir: RunDir, ranks: Ranks, held: ExitStack) -> None:
     """Lock the run directory, and leave no trace of that if nothing comes of it."""
     existed = rundir.root.exists()
     rundir.mark()
     if not existed:
         held.callback(rundir.abandon)
-    held.callback(RunLock.acquire(rundir.root).release)
+    lock = RunLock.acquire(rundir.root)
+    held.callback(lock.release)
+    ranks.check_at_beats(lock.check)
 
 
 def _settle(
@@ -138,15 +138,19 @@ def _settle(
     num_rows: int,
 ) -> Prepared:
     """Make the run directory, or find out what it holds already."""
-    from grads_dist.probe.checkpoints import check_world_size
+    from grads_dist.probe.checkpoints import check_world_size, remove_checkpoints
     from grads_dist.probe.memory import allowed_tokens
-    from grads_dist.probe.zero import load_deepspeed_config
+    from grads_dist.probe.zero import load_deepspeed_config, probe_dtype
 
     rundir, config = request.rundir, prepared.config
     deepspeed = load_deepspeed_config(config.deepspeed)
-    identity = identify(config, corpora, deepspeed, request.share, num_rows)
-    resumed = not request.overwrite and _goes_on(rundir, identity)
+    dtype = str(probe_dtype(config.model, deepspeed, ranks.device)).removeprefix("torch.")
+    identity = identify(config, corpora, deepspeed, request.share, num_rows, dtype)
+    identity[JOB] = launcher.job()
+    resumed = _goes_on(rundir, identity, request.overwrite)
     finished = resumed and rundir.manifest.exists()
+    if finished:
+        remove_checkpoints(rundir.checkpoints)
     done = Done()
     if resumed and not finished:
         done = take_stock(config, rundir, prepared.num_rows)
@@ -154,12 +158,12 @@ def _settle(
             check_world_size(done.position, ranks.world_size)
     store = corpora["data.path"][1]
     if not resumed:
-        write_identity({**identity, CLEARING: True}, rundir.started)
+        write_json(rundir.started, {**identity, CLEARING: True})
         rundir.clear(keep=rundir.started)
     rundir.create(overwrite=False, resumable=True)
     if not resumed:
         write_rejected(rundir.rejected, store, {})
-        write_identity(identity, rundir.started)
+        write_json(rundir.started, identity)
     save_config(config, rundir.config)
     _describe_start(rundir, ranks)
     num_rows = store.num_rows + store.num_rejected
@@ -170,19 +174,26 @@ def _settle(
     return replace(prepared, config=config, resumed=resumed, finished=finished, done=done)
 
 
-def _goes_on(rundir: RunDir, identity: Identity) -> bool:
-    """Whether an earlier start has left something that counts. Raises ConfigError where it was another run."""
+def _goes_on(rundir: RunDir, identity: Identity, overwrite: bool) -> bool:
+    """Whether an earlier start has left something that counts. Raises ConfigError where it was another run.
+
+    A batch job that is queued again with `overwrite` means what was there before it, and not what it has done
+    itself so far.
+    """
     if not rundir.started.exists():
         return False
+    if overwrite and not launcher.is_restarted():
+        return False
     before = read_identity(rundir.started)
-    clearing = before.pop(CLEARING, False)
+    if overwrite and before.get(JOB) != identity[JOB]:
+        return False
     changed = differences(before, identity)
     if changed is not None:
         raise ConfigError(
             f"output_dir: {str(rundir.root)!r} holds another run: {changed}; allowed: what it was, "
             "another folder, or --overwrite to start anew"
         )
-    return not clearing
+    return not before.get(CLEARING, False)
 
 
 def _describe_start(rundir: RunDir, ranks: Ranks) -> None:
@@ -216,9 +227,3 @@ def write_rejected(path: Path, store: TokenStore, more: Mapping[int, str]) -> No
     with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for index, reason in heapq.merge(store.iter_rejected(), sorted(more.items())):
             file.write(json.dumps({"index": index, "reason": reason}) + "\n")
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

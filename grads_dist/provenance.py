@@ -29,7 +29,7 @@ PACKAGES = (
 )
 
 
-def identity(config: Config, fingerprint: str) -> dict[str, Any]:
+def origin(config: Config, fingerprint: str) -> dict[str, Any]:
     """Schema, corpus and configuration of a run, for its manifest."""
     text = json.dumps(asdict(config), sort_keys=True)
     return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from grads_dist.config import Config
 from grads_dist.probe.config import gradient_files
 from grads_dist.runtime.rundir import RunDir
-from grads_dist.table.spans import Span, find_spans, span_name
+from grads_dist.table.spans import Span, find_spans, overlapping, span_name
 
 if TYPE_CHECKING:
     from grads_dist.probe.checkpoints import Position
 
 log = logging.getLogger(__name__)
 
-_TRAIN_SHARD = re.compile(r"shard-step(\d+)-rank\d+\.parquet")
+_TRAIN_SHARD = re.compile(r"shard-step(\d+)-rank\d+-rows(\d+)\.parquet")
 
 
 class Shards(NamedTuple):
@@ -32,6 +32,11 @@ class Shards(NamedTuple):
     def path(self, span: Span) -> Path:
         """The file of a span."""
         return self.folder / f"shard-{span_name(span, self.prefix)}{self.suffix}"
+
+    def remove(self, spans: Iterable[Span]) -> None:
+        """Remove the files of these spans."""
+        for span in spans:
+            self.path(span).unlink()
 
     def spans(self) -> set[Span]:
         """The spans that are there."""
@@ -97,46 +102,47 @@ def sweeps(config: Config, rundir: RunDir) -> dict[str, list[Shards]]:
 
 def take_stock(config: Config, rundir: RunDir, num_rows: int) -> Done:
     """Find what counts in a run directory, for `num_rows` rows to be probed, and remove what does not."""
-    _sweep_up(rundir)
-    spans = {name: frozenset(_complete(written)) for name, written in sweeps(config, rundir).items()}
+    rundir.sweep_up()
+    written = sweeps(config, rundir)
     if config.probe.mode == "frozen":
-        return Done(spans)
+        return Done({name: _complete(shards) for name, shards in written.items()})
     from grads_dist.probe.checkpoints import last_position
 
     position = last_position(rundir.checkpoints)
+    if position is None:
+        for name in (sweep_name("probe"), sweep_name("target")):
+            # They are of the weights of a checkpoint that is gone.
+            for shards in written.get(name, []):
+                shards.remove(shards.spans())
+    spans = {name: _complete(shards) for name, shards in written.items()}
     return Done(spans, position, _trained(config, rundir, position, num_rows))
 
 
-def _complete(written: list[Shards]) -> set[Span]:
+def train_shards(rundir: RunDir) -> list[tuple[Path, int, int]]:
+    """The shards of the epoch: path, steps made when it was written, and rows."""
+    matches = ((path, _TRAIN_SHARD.fullmatch(path.name)) for path in rundir.scores_dir.glob("shard-step*"))
+    return [(path, int(match.group(1)), int(match.group(2))) for path, match in matches if match is not None]
+
+
+def _complete(written: list[Shards]) -> frozenset[Span]:
     """The complete spans of a sweep; other files of it are removed, since they would count twice."""
     if not written:
-        return set()
-    spans = written[-1].spans()
-    for shards in written[:-1]:
-        for span in shards.spans() - spans:
-            shards.path(span).unlink()
-    return spans
+        return frozenset()
+    found = written[-1].spans()
+    # Ranks of a start that had lost its first rank may have gone on for some seconds beside the next one.
+    spans = found - overlapping(found)
+    for shards in written:
+        shards.remove(shards.spans() - spans)
+    return frozenset(spans)
 
 
 def _trained(config: Config, rundir: RunDir, position: Position | None, num_rows: int) -> bool:
     """Whether the epoch has left all its rows; if not, shards newer than the last checkpoint are removed."""
-    import pyarrow.parquet as pq
-
-    paths = {p: int(m.group(1)) for p in rundir.scores_dir.glob("*") if (m := _TRAIN_SHARD.fullmatch(p.name))}
-    if config.probe.warmup is None and sum(pq.read_metadata(path).num_rows for path in paths) == num_rows:
+    found = train_shards(rundir)
+    if config.probe.warmup is None and sum(rows for _, _, rows in found) == num_rows:
         return not config.probe.save_model or rundir.model.is_dir()
     reached = position.step if position is not None else 0
-    for path in [path for path, steps in paths.items() if steps > reached]:
-        path.unlink()
+    for path, steps, _ in found:
+        if steps > reached:
+            path.unlink()
     return False
-
-
-def _sweep_up(rundir: RunDir) -> None:
-    """Remove what writes that were cut off have left."""
-    features = rundir.root / "features"
-    for folder in (rundir.root, rundir.scores_dir, features, *features.glob("*/"), rundir.checkpoints):
-        for path in (*folder.glob(".tmp-*"), *folder.glob(".merge-*")):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)

@@ -143,6 +143,44 @@ def test_a_finished_run_is_not_made_again(finished, folder):
     assert {path: path.stat() for path in paths} == before
 
 
+def test_what_decides_nothing_may_change_between_two_starts(finished, folder, tmp_path):
+    (tmp_path / "moved").mkdir()
+    for name in ("corpus.jsonl", "model"):
+        source = folder / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / "moved" / name)
+    options = {
+        "data__path": tmp_path / "moved" / "corpus.jsonl",
+        "model__name_or_path": tmp_path / "moved" / "model",
+        "data__cache_dir": tmp_path / "cache",
+        "data__num_workers": 2,
+        "probe__batch_tokens": 64,
+        "probe__checkpoint_steps": 7,
+        "selection__fraction": 0.3,
+    }
+    done = run_program("run", *run_arguments(folder, "run", **options))
+    assert done.returncode == 0, done.stderr
+    assert "by an earlier start" in done.stdout
+
+
+def test_features_without_their_rows_and_rows_that_are_there_twice(finished, folder):
+    """What a kill, and ranks that outlived the first, can leave."""
+    arguments = run_arguments(folder, "torn", probe__mode="frozen")
+    assert run_program("probe", *arguments).returncode == 0
+    run = folder / "torn"
+    whole = pq.read_table(run / "scores.parquet")
+    (run / "manifest.json").unlink()
+    (run / "scores.parquet").unlink()
+    first, second = sorted((run / "scores").iterdir())[:2]
+    first.unlink()
+    pq.write_table(pq.read_table(second)[:5], second.with_name(second.name.replace("-000016.", "-000005.")))
+    (run / "scores" / ".tmp-1-shard-000007-000000-000016.parquet").write_text("torn")
+    done = run_program("probe", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert f"probe: {NUM_ROWS - 16} of {NUM_ROWS} rows are there already" in done.stderr
+    assert pq.read_table(run / "scores.parquet").equals(whole)
+    assert not list((run / "scores").glob(".tmp-*"))
+
+
 def test_a_start_that_was_killed_while_it_removed_an_earlier_run(finished, folder):
     """Whatever of the earlier run is still there belongs to other numbers, and goes."""
     arguments = run_arguments(folder, "killed", probe__mode="frozen", probe__seed=1)

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from grads_dist.errors import GradsDistError
-from grads_dist.identity import Share, differences, hash_tokens, read_identity
+from grads_dist.identity import UNKNOWN, Share, differences, hash_tokens, read_identity
 from grads_dist.model.fingerprint import fingerprint, folder_fingerprint
 
 BASE = {
     "schema": 2,
+    "dtype": "float32",
     "config": {
         "probe": {"learning_rate": 1e-5, "targets": ["embedding"], "seed": 0},
         "data": {"max_length": 48},
@@ -63,10 +64,20 @@ def test_nothing_changed():
         ),
         (changed("share", to="1/2"), "--shard was not given and is 1/2"),
         (changed("schema", to=3), "schema was 2 and is 3"),
+        (changed("dtype", to="bfloat16"), "the type of the weights was float32 and is bfloat16"),
     ],
 )
 def test_a_change_is_told(now, told):
     assert (differences(BASE, now) or "").startswith(told)
+
+
+def test_what_shares_cannot_say_is_not_compared():
+    before = changed("tokens", "data.path", to=UNKNOWN)
+    assert differences(before, BASE) is None
+
+
+def test_how_it_was_started_is_not_compared():
+    assert differences({**BASE, "job": "slurm job 1", "clearing": True}, {**BASE, "job": None}) is None
 
 
 def test_many_changes_are_counted():

@@ -13,8 +13,8 @@ from dataclasses import replace
 import pytest
 from conftest import clean_environment
 
-from grads_dist.errors import ConfigError
-from grads_dist.runtime import lock, stopping
+from grads_dist.errors import ConfigError, GradsDistError
+from grads_dist.runtime import lock
 from grads_dist.runtime.lock import Owner, RunLock
 from grads_dist.runtime.rundir import LOCK, RunDir
 
@@ -24,8 +24,6 @@ def quick(monkeypatch):
     monkeypatch.setattr(lock, "BEAT", 0.1)
     monkeypatch.setattr(lock, "PATIENCE", 0.8)
     monkeypatch.setattr(lock, "LOOK", 0.1)
-    yield
-    stopping._forget()
 
 
 def _start(folder, *args):
@@ -137,7 +135,8 @@ def test_the_owner_shows_life_and_notices_that_it_lost_the_lock(tmp_path):
     assert _read(tmp_path) | {"beat": 0} == before and not held.lost
     stolen = _forge(tmp_path, token="other")
     _until(lambda: held.lost)
-    assert stopping.requested() == "another run, which has taken over the directory"
+    with pytest.raises(GradsDistError, match="was taken over by another run"):
+        held.check()
     time.sleep(0.3)
     held.release()
     # Neither renewed nor removed by the one that lost it.

@@ -124,7 +124,8 @@ def test_create_refuses_a_run_and_overwrites_on_request(tmp_path):
 
 
 OWN = ("config.yaml", "logs", "features", "scores", "selection", "scores.parquet", "manifest.json",
-       "rejected.jsonl", "environment.json", "model", "checkpoints", "started.json", "batch_tokens.json")  # fmt: skip
+       "rejected.jsonl", "environment.json", "model", "checkpoints", "started.json",
+       "batch_tokens.json")  # fmt: skip
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -115,6 +115,17 @@ def test_runs_that_do_not_belong_together_are_refused(folder, names, message):
     assert not (folder / "refused").exists()
 
 
+def test_a_merge_that_was_cut_off_starts_again(folder, merged):
+    shutil.copytree(merged, folder / "cut")
+    started = folder / "cut" / "started.json"
+    started.write_text(json.dumps({**json.loads(started.read_text()), "clearing": True}))
+    (folder / "cut" / "manifest.json").unlink()
+    (folder / "cut" / ".merge-x").mkdir()
+    assert merge(folder, "part1", "part2", "part3", output="cut")
+    assert read_scores(folder / "cut").equals(read_scores(merged))
+    assert not (folder / "cut" / ".merge-x").exists()
+
+
 def test_a_row_that_is_in_no_share_is_missed(folder):
     shutil.copytree(folder / "part3", folder / "short")
     path = folder / "short" / "rejected.jsonl"

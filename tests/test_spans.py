@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grads_dist.probe.plan import frozen_plan
-from grads_dist.table.spans import Span, find_spans, gaps, span_name
+from grads_dist.table.spans import Span, find_spans, gaps, overlapping, span_name
 
 
 def test_names_and_what_is_found_by_them(tmp_path):
@@ -36,6 +36,18 @@ def test_what_is_done_and_what_is_left_are_all_rows_once(data, num_rows, unit_ro
         unit * unit_rows + k for unit, a, b in (*done, *gaps(num_rows, unit_rows, done)) for k in range(a, b)
     ]
     assert sorted(rows) == list(range(num_rows))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sets(st.tuples(st.integers(0, 2), st.integers(0, 6), st.integers(1, 6)), max_size=12))
+def test_without_what_overlaps_no_row_is_there_twice_and_the_rest_can_be_planned(drawn):
+    spans = {Span(unit, start, start + length) for unit, start, length in drawn}
+    kept = spans - overlapping(spans)
+    assert not overlapping(kept)
+    left = gaps(36, 12, kept)
+    rows = [(unit, k) for unit, a, b in (*kept, *left) for k in range(a, b)]
+    assert len(rows) == len(set(rows)) == 36
+    assert all(any(s.unit == k.unit and s.start < k.stop and k.start < s.stop for k in kept) for s in spans)
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,16 @@ from pathlib import Path
 PATTERNS = ("config.json", "*.safetensors", "*.bin", "*.py", "adapter_config.json")
 """What decides the weights and what is computed with them."""
 
-_BLOCK = 1 << 16
-_BLOCKS = 64
+_BLOCK = 1 << 12
+_BLOCKS = 1024
 
 
 def folder_fingerprint(folder: Path) -> str:
     """sha256 over the names, the sizes and up to 4 MiB of evenly spaced content of a model's files.
 
-    Training changes all of a model's weights, so that samples tell it from the one before; a file edited in a
-    few bytes may pass for the same. Raises OSError when a file cannot be read.
+    Training changes most of a model's weights, so that samples tell it from the one before. A change of
+    little in a large file, such as training of the norms alone, may go unnoticed. Raises OSError when a file
+    cannot be read.
     """
     digest = hashlib.sha256()
     for path in sorted({path for pattern in PATTERNS for path in folder.glob(pattern)}):

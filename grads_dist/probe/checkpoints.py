@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import re
 import shutil
 import time
@@ -79,7 +80,7 @@ class Checkpoints:
 
     def __init__(self, session: Session, folder: Path, every: int | None) -> None:
         self._session, self._folder, self._every = session, folder, every
-        self._written = time.monotonic()
+        self._written, self._took = time.monotonic(), 0.0
         if session.engine is not None:
             session.engine.checkpoint_engine = _safe_engine(session.engine.checkpoint_engine)
 
@@ -87,7 +88,8 @@ class Checkpoints:
         """Whether one should be made after so many steps; by the clock of this rank, so all must agree."""
         if self._every is not None:
             return step % self._every == 0
-        return time.monotonic() - self._written > SECONDS
+        # Where writing takes long, most of the time should still go into steps.
+        return time.monotonic() - self._written > max(SECONDS, 10 * self._took)
 
     def save(self, step: int) -> None:
         """Write one and remove the one before. Collective.
@@ -97,6 +99,7 @@ class Checkpoints:
         ranks, name = self._session.ranks, _name(step)
         if ranks.on_main(lambda: (self._folder / name).exists()):
             return
+        began = time.monotonic()
         temporary = self._folder / f".tmp-{name}"
         ranks.on_main(lambda: self._clear(temporary))
         _save(self._session.engine, self._folder, temporary.name)
@@ -104,6 +107,7 @@ class Checkpoints:
         position = Position(step, self._session.num_skipped, ranks.world_size)
         ranks.on_main(lambda: self._publish(temporary, name, position))
         self._written = time.monotonic()
+        self._took = self._written - began
 
     def load(self, position: Position) -> None:
         """Bring the session to where the checkpoint at `position` was made. Collective.
@@ -115,7 +119,7 @@ class Checkpoints:
             path, _ = self._session.engine.load_checkpoint(
                 str(self._folder), tag=name, load_module_strict=False
             )
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
+        except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
             reason = " ".join(str(error).split())[:300]
             raise GradsDistError(
                 f"{self._folder / name}: cannot be loaded ({reason}); remove it to start the epoch anew"
@@ -132,8 +136,6 @@ class Checkpoints:
     def _publish(self, temporary: Path, name: str, position: Position) -> None:
         with atomic_write(temporary / _POSITION) as path:
             path.write_text(json.dumps(asdict(position)) + "\n", encoding="utf-8")
-        for path in temporary.rglob("*"):
-            sync(path)
         sync(temporary)
         final = self._folder / name
         os.rename(temporary, final)
@@ -160,7 +162,7 @@ def _save(engine: Any, folder: Path, tag: str) -> None:
 
 
 def _safe_engine(engine: Any) -> Any:
-    """DeepSpeed's way to files, but for loading: tensors and plain values alone, no code of a pickle."""
+    """DeepSpeed's way to files; what it saves is on disk, and it loads tensors and plain values, no code."""
     from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -169,6 +171,11 @@ def _safe_engine(engine: Any) -> Any:
     known = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
     class SafeCheckpointEngine(TorchCheckpointEngine):
+        def save(self, state_dict: Any, path: str) -> None:
+            super().save(state_dict, path)
+            # By the rank that wrote it: others cannot flush what its node holds back.
+            sync(Path(path))
+
         def load(self, path: str, map_location: Any = None) -> Any:
             with torch.serialization.safe_globals(known):
                 return torch.load(path, map_location=map_location, weights_only=True)

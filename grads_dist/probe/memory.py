@@ -12,7 +12,8 @@ import torch
 
 from grads_dist.errors import GradsDistError, OutOfMemory
 from grads_dist.probe.plan import Plan
-from grads_dist.runtime.rundir import atomic_write
+from grads_dist.runtime.rundir import write_json
+from grads_dist.table.notes import OUT_OF_MEMORY
 
 log = logging.getLogger(__name__)
 
@@ -34,28 +35,28 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def refusal(rows: np.ndarray, longest: int, batch_tokens: int, path: Path) -> GradsDistError:
+def refusal(rows: np.ndarray, longest: int, batch_tokens: int, path: Path | None) -> GradsDistError:
     """The error for a batch that does not fit on a rank which cannot make it smaller alone.
 
     Args:
         rows: numbers of the batch's rows in the corpus.
         longest: tokens of its longest row.
         batch_tokens: the present `probe.batch_tokens`.
-        path: where the next start finds how large its batches may be.
+        path: where the next start finds how large its batches may be; None: nowhere.
     """
     if len(rows) == 1:
         return GradsDistError(
-            f"out of memory: row {rows[0]} ({longest} tokens) does not fit alone; lower data.max_length, set "
-            "model.gradient_checkpointing, use a higher ZeRO stage or offload, or more ranks"
+            f"{OUT_OF_MEMORY}: row {rows[0]} ({longest} tokens) does not fit alone; lower data.max_length, "
+            "set model.gradient_checkpointing, use a higher ZeRO stage or offload, or more ranks"
         )
     smaller = max(1, batch_tokens // 2)
     while smaller >= len(rows) * longest:
         # A small corpus may not fill its batches.
         smaller //= 2
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps({"batch_tokens": smaller}) + "\n", encoding="utf-8")
+    if path is not None:
+        write_json(path, {"batch_tokens": smaller})
     return OutOfMemory(
-        f"out of memory in a batch of rows {name_rows(rows)} (longest: {longest} tokens); start the same "
+        f"{OUT_OF_MEMORY} in a batch of rows {name_rows(rows)} (longest: {longest} tokens); start the same "
         f"command again: it goes on with probe.batch_tokens {smaller} instead of {batch_tokens}"
     )
 

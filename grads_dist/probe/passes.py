@@ -19,7 +19,7 @@ from grads_dist.probe.work import Work
 log = logging.getLogger(__name__)
 
 MAX_NONFINITE_STEPS = 2
-"""Consecutive steps of which a rank may see nothing but non-finite rows before the run counts as diverged."""
+"""Consecutive steps in which no rank sees a finite row before the run counts as diverged."""
 
 
 def train_pass(
@@ -45,22 +45,25 @@ def train_pass(
     rows = plan.rows_of_rank(range(steps.stop), work.rank, work.world_size)
     done = plan.rows_of_rank(range(steps.start), work.rank, work.world_size)
     _warn_of_idle_ranks(work, plan, steps)
-    diverged = 0
+    lost = 0
     label = "probe" if record else "train"
     with ranks.working(label), work.showing(label, rows, done) as progress:
         if steps:
-            work.rehearse([plan.batch(k) for k in largest_batches(plan, work.store.num_tokens)])
+            work.rehearse([plan.batch(k) for k in largest_batches(plan, work.store.num_tokens)], record)
         for step in steps:
             made = first_step + step + 1
             finite = _train_step(work, plan, step, record, made - 1, progress)
-            diverged = 0 if finite else diverged + 1
             due = checkpoints is not None and ranks.is_main and checkpoints.due(made)
-            lost = diverged >= MAX_NONFINITE_STEPS
-            stops, due, lost = ranks.any_of(ranks.stop_requested() is not None, due, lost)
-            if lost:
-                ranks.agree(_divergence(made - 1, diverged))
-            if stops or due or work.scores.num_rows >= work.config.shard_rows or step == steps[-1]:
-                work.scores.flush(_train_shard(made, work.rank))
+            stops, due, finite = ranks.any_of(ranks.stop_requested() is not None, due, finite)
+            lost = 0 if finite else lost + 1
+            if lost >= MAX_NONFINITE_STEPS:
+                ranks.agree(_divergence(made - 1))
+            last = step == steps[-1]
+            if last and not stops:
+                # The last moment at which a signal finds the state of the epoch worth keeping.
+                (stops,) = ranks.any_of(ranks.stop_requested() is not None)
+            if stops or due or last or work.scores.num_rows >= work.config.shard_rows:
+                _flush(work, made)
             if checkpoints is not None and (stops or due):
                 with ranks.unwatched():
                     checkpoints.save(made)
@@ -74,27 +77,32 @@ def train_pass(
     ranks.meet()
 
 
-def _divergence(step: int, steps: int) -> GradsDistError | None:
-    """The error of a rank that has seen nothing finite for so many steps, if it is one."""
-    if steps < MAX_NONFINITE_STEPS:
-        return None
+def _divergence(step: int) -> GradsDistError:
     return GradsDistError(
-        f"step {step}: every gradient is non-finite, for {steps} steps; "
+        f"step {step}: every gradient is non-finite, for {MAX_NONFINITE_STEPS} steps; "
         f"lower probe.learning_rate, or look at the rows of that step"
     )
 
 
+def _flush(work: Work, steps: int) -> None:
+    """Write the rows of the steps up to the `steps`-th that are not written; resume.py reads the name."""
+    assert work.scores is not None
+    name = f"step{steps:08d}-rank{work.rank:05d}-rows{work.scores.num_rows:06d}"
+    # A file system may take its time.
+    with work.session.ranks.unwatched():
+        work.scores.flush(name, work.session.num_skipped)
+
+
 def _train_step(work: Work, plan: Plan, step: int, record: bool, number: int, progress: Progress) -> bool:
-    """This rank's part of one optimizer step; returns whether any of its losses and gradients is finite."""
-    finite, seen = False, False
+    """This rank's part of one optimizer step; returns whether it saw a loss and gradients that are finite."""
+    finite = False
     for batch, last in _step_batches(work, plan, step):
         kind = "step" if last else "micro-batch"
         work.session.ranks.beat(f"step {number}, {work.describe(batch)}", kind)
         signal = _train_micro_batch(work, batch, last, record, number, progress)
         if len(batch.rows):
-            seen = True
             finite = finite or signal is None or bool(np.isfinite(signal).any())
-    return finite or not seen
+    return finite
 
 
 def _train_micro_batch(
@@ -114,11 +122,6 @@ def _train_micro_batch(
         progress.update(len(batch.rows), batch.layout.segments.num_rows, step=step)
         return None
     raise work.does_not_fit(batch.rows.numpy())
-
-
-def _train_shard(steps: int, rank: int) -> str:
-    """Name of a shard with rows of steps before the `steps`-th; resume.py reads it."""
-    return f"step{steps:08d}-rank{rank:05d}"
 
 
 def _step_batches(work: Work, plan: Plan, step: int) -> Iterator[tuple[Batch, bool]]:

@@ -90,7 +90,8 @@ def _probe_at(task: Task, ranks: Ranks, checkpoint: int) -> dict:
         num_steps = 0
     else:
         num_steps = _train(task, work, target)
-    if probe.save_model and not task.rundir.model.exists():
+    # Rank 0 may have written it while another is still on its way here.
+    if probe.save_model and not ranks.on_main(task.rundir.model.exists):
         with ranks.unwatched():
             save_model(session, task.config, task.rundir.model)
     # Ranks end at different times, and the collectives below would time out.
@@ -242,5 +243,7 @@ def _warm_up_and_freeze(
 
 def _save(work: Work, checkpoints: Checkpoints, step: int) -> None:
     """Keep the weights that the epoch has led to: what follows needs them, also after another start."""
-    with work.session.ranks.unwatched():
+    ranks = work.session.ranks
+    with ranks.working("checkpoint"), ranks.unwatched():
         checkpoints.save(step)
+    ranks.meet()

@@ -149,15 +149,17 @@ class Session:
         self._apply()
         return found
 
-    def rehearse(self, batch: Batch) -> None:
+    def rehearse(self, batch: Batch, record: bool) -> None:
         """Pass a batch of weight 0 as the others will be passed; changes no weight and no statistics.
 
-        Collective where passes are.
+        record: whether statistics are read of the others. Collective where passes are.
         """
-        if self.engine is not None and self.training:
-            self.train_micro_batch(batch, last_of_step=False, record=True)
-        else:
+        if self.training:
+            self.train_micro_batch(batch, last_of_step=False, record=record)
+        elif record:
             self.measure(batch)
+        else:
+            self.features(batch, "label")
 
     @property
     def num_skipped(self) -> int:

@@ -15,6 +15,7 @@ from grads_dist.probe.memory import is_out_of_memory, largest_batches, release
 from grads_dist.probe.plan import Plan, share_units
 from grads_dist.probe.progress import Progress
 from grads_dist.probe.work import Work
+from grads_dist.table.notes import OUT_OF_MEMORY
 from grads_dist.table.spans import Span, span_name
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,9 @@ FROZEN_STEP = -1
 FROZEN_WEIGHT = 1024.0
 """Weight of a loss where nothing is updated. Any would do, as the statistics are freed of it; a power of two
 changes no bit of them, and a large one keeps small gradients of float16 models from underflowing."""
+
+FEATURES = "features"
+"""Label of a sweep without statistics."""
 
 FLUSH_SECONDS = 300.0
 """A rank writes what it has after so long, also within a unit: no more than that is lost with it."""
@@ -43,7 +47,7 @@ def feature_pass(work: Work, plan: Plan) -> None:
             shards.add(batch, features)
             progress.update(len(batch.rows), batch.layout.segments.num_rows)
 
-    _Sweep(work, plan, "features", process).run()
+    _Sweep(work, plan, FEATURES, process).run()
 
 
 def frozen_pass(work: Work, plan: Plan, step: int, prefix: str = "") -> None:
@@ -80,7 +84,7 @@ class _Sweep:
         with ranks.working(self.label), work.showing(self.label, rows) as progress:
             if work.session.lockstep:
                 largest = largest_batches(self.plan, work.store.num_tokens)
-                work.rehearse([self.plan.batch(k) for k in largest])
+                work.rehearse([self.plan.batch(k) for k in largest], record=self.label != FEATURES)
             flushed, written = 0, time.monotonic()
             for group, batch, seen, ends in self._batches(shares):
                 ranks.beat(work.describe(batch))
@@ -142,13 +146,13 @@ class _Sweep:
         if len(rows) == 1:
             self._reject(int(rows[0]))
             return
-        log.warning("out of memory: %s are tried as two batches", self.work.describe(batch))
+        log.warning("%s: %s are tried as two batches", OUT_OF_MEMORY, self.work.describe(batch))
         for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
             self._try(self._collate(half), progress)
 
     def _reject(self, row: int) -> None:
         assert self.work.scores is not None
-        reason = f"out of memory: its {self.work.store.num_tokens[row]} tokens do not fit alone"
+        reason = f"{OUT_OF_MEMORY}: its {self.work.store.num_tokens[row]} tokens do not fit alone"
         log.warning("row %d: %s", self.work.store.index[row], reason)
         self.work.scores.reject(row, reason)
 
@@ -157,8 +161,10 @@ class _Sweep:
         assert self.plan.spans is not None
         unit, first, _ = self.plan.spans[group].tolist()
         name = span_name(Span(unit, first + start, first + stop))
-        for shards in (self.work.features, self.work.sketches):
-            if shards is not None:
-                shards.flush(name)
-        if self.work.scores is not None:
-            self.work.scores.flush(self.prefix + name)
+        # A file system may take its time.
+        with self.work.session.ranks.unwatched():
+            for shards in (self.work.features, self.work.sketches):
+                if shards is not None:
+                    shards.flush(name)
+            if self.work.scores is not None:
+                self.work.scores.flush(self.prefix + name)

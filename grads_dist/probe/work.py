@@ -37,7 +37,7 @@ class Work:
     """Content features."""
     sketches: FeatureShards | None = None
     """Gradient features."""
-    limits: Path = Path("batch_tokens.json")
+    limits: Path | None = None
     """Where a rank that runs out of memory says how large batches may be from then on."""
     journal: Journal = Journal()
 
@@ -58,11 +58,16 @@ class Work:
 
     def add(self, batch: Batch, found: Measurement, step: int, progress: Progress) -> np.ndarray | None:
         """Hand what a batch gave to where it goes; returns the rows' mean log norms, if they are scored."""
+        # All that needs memory comes first: a batch that runs out of it is tried again, and must not be added
+        # twice.
+        ready = []
         if self.features is not None and found.features is not None:
-            self.features.add(batch, found.features)
+            ready.append((self.features, self.features.ready(found.features)))
         if self.sketches is not None and found.sketch is not None:
-            self.sketches.add(batch, unit_length(found.sketch))
+            ready.append((self.sketches, self.sketches.ready(unit_length(found.sketch))))
         seen = None if self.scores is None else self.scores.add(batch, found.head, found.stats, step)
+        for shards, features in ready:
+            shards.add(batch, features)
         loss, signal = seen if seen is not None else (None, None)
         progress.update(
             len(batch.rows), batch.layout.segments.num_rows, signal, loss, None if step < 0 else step
@@ -88,19 +93,19 @@ class Work:
         longest = int(self.store.num_tokens[rows].max())
         return refusal(self.store.index[rows], longest, self.config.batch_tokens, self.limits)
 
-    def rehearse(self, batches: list[np.ndarray]) -> None:
+    def rehearse(self, batches: list[np.ndarray], record: bool) -> None:
         """Pass batches as large as these first, whose numbers go nowhere: memory runs out now or never.
 
-        Collective where passes are.
+        record: whether the pass reads statistics. Collective where passes are.
         """
         for rows in batches:
             self.session.ranks.beat(
-                f"rehearsal of the largest batch, rows {name_rows(self.store.index[rows])}"
+                f"rehearsal of the largest batch, rows {name_rows(self.store.index[rows])}", "rehearsal"
             )
             shape = (len(rows), int(self.store.num_tokens[rows].max()))
             try:
                 device, vocab_size = self.session.ranks.device, self.session.model.anatomy.vocab_size
-                self.session.rehearse(rehearsal_batch(*shape, vocab_size, device))
+                self.session.rehearse(rehearsal_batch(*shape, vocab_size, device), record)
                 continue
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):

@@ -103,6 +103,11 @@ def job() -> str | None:
     return None
 
 
+def is_restarted() -> bool:
+    """Whether this process is part of a batch job that has been queued again, under the same number."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+
+
 def agent_holds_store() -> bool:
     """Whether the store of the rendezvous lives in torchrun's agent, and not in rank 0."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -8,15 +8,14 @@ import json
 import logging
 import os
 import socket
-import tempfile
 import threading
 import time
 import uuid
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from grads_dist.errors import ConfigError
-from grads_dist.runtime import launcher, stopping
+from grads_dist.errors import ConfigError, GradsDistError
+from grads_dist.runtime import launcher
 from grads_dist.runtime.rundir import LOCK
 
 BEAT = 10.0
@@ -127,9 +126,17 @@ class RunLock:
         except OSError as error:
             raise ConfigError(
                 f"output_dir: {str(root)!r} cannot be locked ({error.strerror}); allowed: a writable folder "
-                "on a file system with hard links"
+                "with free space, on a file system with hard links"
             ) from error
         return RunLock(root, owner, handle)
+
+    def check(self) -> None:
+        """Raise GradsDistError if another run has taken over the directory, which this one must not touch."""
+        if self.lost:
+            raise GradsDistError(
+                f"output_dir: {str(self._root)!r} was taken over by another run, since this one had shown no "
+                "life; look at that one"
+            )
 
     def release(self) -> None:
         """Give the directory free for another run."""
@@ -149,7 +156,6 @@ class RunLock:
             owner = replace(owner, beat=owner.beat + 1)
             try:
                 if not self._is_own():
-                    stopping.request("another run, which has taken over the directory")
                     self.lost = True
                     return
                 # In place, so that network file systems show it to whoever opens the file; and if another run
@@ -267,10 +273,9 @@ def describe_owner(root: Path) -> str | None:
         return None
     lives = owner.lives()
     if lives is None:
-        # The owner is elsewhere, and so is its clock: what counts is that of the file system.
-        with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=root) as now:
-            silent = os.fstat(now.fileno()).st_mtime - (root / LOCK).stat().st_mtime
-            lives = silent < PATIENCE
+        # The owner is elsewhere, and so is its clock.
+        with contextlib.suppress(OSError):
+            lives = time.time() - (root / LOCK).stat().st_mtime < 2 * PATIENCE
     if not lives:
         return None
     job = f" ({owner.job})" if owner.job else ""

@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +13,7 @@ from grads_dist.errors import shown
 from grads_dist.runtime.rundir import atomic_write
 
 PACKAGE = "grads_dist"
+OUTCOME = "GRADS_DIST_OUTCOME"
 ERROR = "error.json"
 """File in the folder of the logs: why a run ended before it was done."""
 
@@ -61,10 +63,16 @@ def record_failure(error: BaseException) -> None:
 def record_cause(rank: int, code: int, message: str) -> None:
     """Write why the run ends beside this rank's log file, if there is one; for the rank that reports it.
 
+    The exit code alone goes to the file that GRADS_DIST_OUTCOME names: launchers may end with another.
+
     Args:
         rank: the rank at fault.
         code: exit code.
     """
+    outcome = os.environ.get(OUTCOME)
+    if outcome:
+        with contextlib.suppress(OSError), atomic_write(Path(outcome)) as temporary:
+            temporary.write_text(f"{code}\n", encoding="ascii")
     path = log_path()
     if path is None:
         return

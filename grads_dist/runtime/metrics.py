@@ -85,6 +85,30 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def last_record(path: Path) -> dict[str, Any] | None:
+    """The last whole record of a file, of which only the end is read; None where there is none.
+
+    Raises DataError when the file cannot be read or the line is no record.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _TAIL_BYTES))
+            lines = file.read().splitlines(keepends=True)
+    except OSError as error:
+        raise DataError(f"metrics: {str(path)!r} cannot be read ({error.strerror})") from error
+    whole = [line for line in lines if line.endswith(b"\n")]
+    if not whole:
+        return None
+    try:
+        record = json.loads(whole[-1])
+    except ValueError as error:
+        raise DataError(f"metrics: the last line of {str(path)!r} is no JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise DataError(f"metrics: the last line of {str(path)!r} is no record")
+    return record
+
+
 def _finite(value: Value) -> Value:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 

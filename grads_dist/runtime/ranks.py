@@ -52,6 +52,7 @@ class Ranks:
         )
         self._num_main_calls = self._num_barriers = 0
         self._activity = Activity()
+        self._check: Callable[[], None] = lambda: None
         self._monitor: Monitor | None = None
         if store is not None:
             self._monitor = _start_monitor(placement, self._activity)
@@ -178,7 +179,12 @@ class Ranks:
         but at least 40 s, and 30 minutes for the first of a kind in a pass. An optimizer step that comes once
         in many micro-batches should be of a kind of its own.
         """
+        self._check()
         self._activity.beat(doing, kind)
+
+    def check_at_beats(self, check: Callable[[], None]) -> None:
+        """Let every beat of this rank begin with `check`, which raises if the run must not go on; no I/O."""
+        self._check = check
 
     @contextlib.contextmanager
     def unwatched(self) -> Iterator[None]:

@@ -3,9 +3,10 @@
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -202,8 +203,16 @@ class RunDir:
             for name in _WRITTEN:
                 if self.root / name != keep:
                     _remove(self.root / name)
+            self.sweep_up()
         except OSError as error:
             raise self._unwritable(error) from error
+
+    def sweep_up(self) -> None:
+        """Remove what writes that were cut off have left."""
+        features = self.root / "features"
+        for folder in (self.root, self.scores_dir, features, *features.glob("*/"), self.checkpoints):
+            for path in (*folder.glob(".tmp-*"), *folder.glob(".merge-*")):
+                _remove(path)
 
     def _unwritable(self, error: OSError) -> ConfigError:
         return ConfigError(
@@ -218,9 +227,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     The temporary name ends like `path`, because numpy and others append a suffix that is missing.
     """
     path = Path(path)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    # What has this name was left by another process, or is a link that was put there to be written through.
-    temporary.unlink(missing_ok=True)
+    # Not the process's number alone: those on other hosts may have the same, and a link could wait there.
+    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}-{path.name}")
     try:
         yield temporary
         sync(temporary)
@@ -230,13 +238,19 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file, whole or not at all."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder that becomes `path` at the end, its files synced; removed on an error.
 
     `path` must not be there.
     """
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}-{path.name}")
     temporary.mkdir(parents=True)
     try:
         yield temporary

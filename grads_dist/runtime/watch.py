@@ -36,6 +36,8 @@ INTERVAL = 2.0
 """Seconds between signs of life."""
 PATIENCE = 15.0
 """Seconds without a sign of life after which a rank is gone."""
+JUDGE_LATER = 15.0
+"""Seconds that ranks which wait for others leave it to the first two to find out which hangs."""
 PATIENCE_ELSEWHERE = 35.0
 """The same for a rank that is in no pass: imports and C code may keep its threads from running."""
 ANSWER_WITHIN = 15.0
@@ -176,7 +178,9 @@ class Monitor:
         if self._store.check(["failed"]):
             self._follow()
         self._watch_neighbour(now)
-        if own.state == "working" and own.late:
+        # If one hangs all are late, and a thousand at once would ask too much of the store.
+        waits = own.waiting and self._rank > 1
+        if own.state == "working" and own.late and (not waits or own.stalled > own.limit + JUDGE_LATER):
             self._judge(own)
 
     def _look_inside(self, now: float) -> Beat:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,12 +106,28 @@ def _deal_out(paths: Sequence[Path], bounds: np.ndarray, folder: Path) -> list[l
     files = [folder / f"{bucket:06d}.parquet" for bucket in range(len(bounds) + 1)]
     with ExitStack() as stack:
         writers = [stack.enter_context(pq.ParquetWriter(file, schema)) for file in files]
-        for path in paths:
-            table = pq.read_table(path).replace_schema_metadata()
+        # Shards of the epoch have rows of every bucket: many are split at a time, since each piece that is
+        # written costs memory in its writer.
+        for group in _groups(paths):
+            table = pa.concat_tables(pq.read_table(path).replace_schema_metadata() for path in group)
             bucket_of_row = np.searchsorted(bounds, table["index"].to_numpy(), side="right")
             for bucket in np.unique(bucket_of_row).tolist():
                 writers[bucket].write_table(table.filter(pa.array(bucket_of_row == bucket)))
     return [[file] for file in files]
+
+
+def _groups(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """The shards in groups of about MERGE_ROWS rows."""
+    group: list[Path] = []
+    rows = 0
+    for path in paths:
+        group.append(path)
+        rows += pq.read_metadata(path).num_rows
+        if rows >= MERGE_ROWS:
+            yield group
+            group, rows = [], 0
+    if group:
+        yield group
 
 
 def merge_features(

@@ -11,6 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+OUT_OF_MEMORY = "out of memory"
+"""What the reason of a row begins with that has tokens and does not fit into memory alone."""
+
 _KEY = b"grads_dist"
 
 
@@ -24,9 +27,16 @@ class Notes:
     rejected: dict[int, str] = field(default_factory=dict)
     """Corpus rows that could not be probed, each with the reason."""
 
+    skipped_steps: int = 0
+    """Optimizer steps left out before these rows were written, of all shards the most."""
+
     def on(self, schema: pa.Schema) -> pa.Schema:
         """The schema with these notes."""
-        content = {"head_counts": self.head_counts.tolist(), "rejected": list(self.rejected.items())}
+        content = {
+            "head_counts": self.head_counts.tolist(),
+            "rejected": list(self.rejected.items()),
+            "skipped_steps": self.skipped_steps,
+        }
         return schema.with_metadata({_KEY: json.dumps(content).encode()})
 
     def add(self, schema: pa.Schema) -> None:
@@ -35,6 +45,7 @@ class Notes:
         if text is not None:
             content = json.loads(text)
             self.head_counts += content["head_counts"]
+            self.skipped_steps = max(self.skipped_steps, int(content["skipped_steps"]))
             self.rejected.update((int(index), str(reason)) for index, reason in content["rejected"])
 
 

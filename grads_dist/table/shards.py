@@ -117,10 +117,14 @@ class ScoreShards:
         self._notes.rejected[int(self._store.index[row])] = reason
         self.num_rows += 1
 
-    def flush(self, name: str) -> None:
-        """Write what was added since the last flush as `shard-<name>.parquet`, if anything was."""
+    def flush(self, name: str, skipped_steps: int = 0) -> None:
+        """Write what was added since the last flush as `shard-<name>.parquet`, if anything was.
+
+        skipped_steps: optimizer steps that were left out so far.
+        """
         if not self.num_rows:
             return
+        self._notes.skipped_steps = skipped_steps
         table = self._table().cast(self._notes.on(self._schema))
         self._parts, self._notes, self.num_rows = [], Notes(), 0
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -187,13 +191,18 @@ class FeatureShards:
         self._features: list[np.ndarray] = []
         self.num_rows = 0
 
-    def add(self, batch: Batch, features_SD: Tensor) -> None:
-        """Add the features of one micro-batch, projected if they have more dimensions than wanted."""
+    def ready(self, features_SD: Tensor) -> np.ndarray:
+        """Features as they are written, projected if they have more dimensions than wanted, on the host."""
         if self._projection is not None:
             features_SD = features_SD @ self._projection
         clipped = features_SD.clamp(-FLOAT16_MAX, FLOAT16_MAX)
+        return clipped.to(torch.float16).cpu().numpy()
+
+    def add(self, batch: Batch, features_SD: Tensor | np.ndarray) -> None:
+        """Add the features of one micro-batch, as the model gives them or `ready`."""
+        ready = self.ready(features_SD) if isinstance(features_SD, Tensor) else features_SD
         self._rows.append(batch.rows.numpy())
-        self._features.append(clipped.to(torch.float16).cpu().numpy())
+        self._features.append(ready)
         self.num_rows += len(batch.rows)
 
     def flush(self, name: str) -> None:

@@ -34,6 +34,19 @@ def find_spans(folder: Path, prefix: str, suffix: str) -> set[Span]:
     return found
 
 
+def overlapping(spans: Collection[Span]) -> set[Span]:
+    """Spans without which no row is in two of the others; the longest from the start stay."""
+    found, unit, position = set(), -1, 0
+    for span in sorted(spans, key=lambda span: (span.unit, span.start, -span.stop)):
+        if span.unit != unit:
+            unit, position = span.unit, 0
+        if span.start < position:
+            found.add(span)
+        else:
+            position = span.stop
+    return found
+
+
 def gaps(num_rows: int, unit_rows: int, done: Collection[Span]) -> list[Span]:
     """The rows that no span of `done` holds, of units of `unit_rows` rows each and a shorter last one.
 

@@ -4,8 +4,8 @@
 
 An entry holds the program's arguments and, each optional: `stop_after`, after so many micro-batches of a
 rank it is as if a signal had asked it to stop; `room`, a batch with more padded tokens than this runs out of
-memory; `spoil`, the rows of the store whose gradients are infinite. What came of it goes to `outcome`, of all
-ranks.
+memory; `fail_in_add`, memory runs out once when the numbers of a batch are collected; `spoil`, the rows of the
+store whose gradients are infinite. What came of it goes to `outcome`, of all ranks.
 """
 
 from __future__ import annotations
@@ -77,6 +77,22 @@ def short_of_memory(room: int | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def failing_once_in_add(fails: bool) -> Iterator[None]:
+    """Let the statistics of the first batch with several rows find no memory on their way to the host."""
+    add = ScoreShards.add
+
+    def call(self, batch, *args, **kwargs):
+        nonlocal fails
+        if fails and len(batch.rows) > 1:
+            fails = False
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate too much.")
+        return add(self, batch, *args, **kwargs)
+
+    with mock.patch.object(ScoreShards, "add", call):
+        yield
+
+
+@contextlib.contextmanager
 def spoiling(rows: list[int]) -> Iterator[None]:
     """Let the losses of some rows of the store have a weight that no gradient survives."""
     train = Session.train_micro_batch
@@ -97,6 +113,7 @@ def attempt(job: dict) -> dict:
         stopping_after(job.get("stop_after")),
         short_of_memory(job.get("room")),
         spoiling(job.get("spoil", [])),
+        failing_once_in_add(job.get("fail_in_add", False)),
         counting() as counts,
     ):
         try:

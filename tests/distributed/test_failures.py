@@ -61,6 +61,8 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     jobs.add("whole", "whole", 0, FROZEN)
     jobs.add("trained", "trained", 2, TRAIN)
     jobs.add("split", "split", 0, FROZEN, room=SMALL)
+    sketches = {"probe__features": '["content", "gradient"]', "probe__gradient_dim": 16}
+    jobs.add("late", "late", 0, {**FROZEN, **sketches}, fail_in_add=True)
     jobs.add("rejecting", "rejecting", 0, FROZEN, room=TINY)
     for name, stage, options in (("sharded", 3, FROZEN), ("train", 2, TRAIN)):
         jobs.add(f"{name}-1", name, stage, options, room=SMALL)
@@ -95,6 +97,12 @@ def test_a_batch_that_does_not_fit_is_split(jobs):
     np.testing.assert_allclose(
         read_features(jobs.folder / "split"), read_features(jobs.folder / "whole"), rtol=2.0**-10, atol=1e-6
     )
+
+
+def test_memory_that_runs_out_late_adds_nothing_twice(jobs):
+    assert jobs.outcome("late")[0] == [0, 0], jobs.outcome("late")
+    check_table(jobs, "late", "whole", BOUND)
+    assert len(np.load(jobs.folder / "late" / "features" / "gradient.npy")) == NUM_ROWS
 
 
 def test_a_row_that_does_not_fit_alone_is_rejected_with_its_reason(jobs):

@@ -150,6 +150,10 @@ signal.signal(signal.SIGUSR1, stop)
 print("rank", rank, "start", os.environ.get("SLURM_RESTART_COUNT", "0"), sys.argv[1:], flush=True)
 if sys.argv[1] == "fail" and rank == "1":
     sys.exit(3)
+if sys.argv[1] == "outcome" and rank == "1":
+    with open(os.environ["GRADS_DIST_OUTCOME"], "w") as file:
+        file.write("4")
+    os.kill(os.getpid(), signal.SIGKILL)
 if "SLURM_RESTART_COUNT" not in os.environ:
     time.sleep(100)
 """
@@ -192,7 +196,8 @@ def test_time_limit_stops_the_ranks_and_queues_the_job_again(cluster, stand_in, 
     assert cluster.wait_for_end(job) == 0
     text = log.read_text(encoding="utf-8")
     assert text.count("start 0 ['wait', '--overwrite', '--x', 'a b']") == 2
-    assert text.count("start 1 ['wait', '--x', 'a b']") == 2
+    assert text.count("start 1 ['wait', '--overwrite', '--x', 'a b']") == 2
+    assert not list(tmp_path.glob(".grads_dist-*"))
 
 
 def test_a_job_that_is_stopped_in_the_middle_goes_on_when_it_is_queued_again(cluster, tmp_path):
@@ -227,6 +232,13 @@ def test_time_limit_reaches_the_ranks_under_torchrun(cluster, stand_in, tmp_path
     assert stops(log) == BOTH
     # The agents lived to see it.
     assert "exitcode  : 4" in log.read_text(encoding="utf-8")
+    cluster.call("scancel", job)
+
+
+def test_a_job_whose_program_leaves_4_is_queued_again_whatever_srun_says(cluster, stand_in, tmp_path):
+    """Out of memory: the first rank to leave has the other killed, and srun tells of the kill."""
+    job, _ = cluster.submit(["--ntasks-per-node", "1"], ["outcome"], tmp_path, **stand_in)
+    cluster.wait_until(lambda: cluster.job(job)["Restarts"] == "1")
     cluster.call("scancel", job)
 
 
