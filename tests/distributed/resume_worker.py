@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 tests/distributed/resume_worker.py jobs.json
 
-An entry holds the program's arguments and, each optional: `stop_after`, after so many micro-batches of a
-rank it is as if a signal had asked it to stop; `room`, a batch with more padded tokens than this runs out of
+An entry holds the program's arguments and, each optional: `stop_after`, after so many micro-batches of a rank
+it is as if a signal had asked it to stop; `room`, a batch with more padded tokens than this runs out of
 memory; `fail_in_add`, memory runs out once when the numbers of a batch are collected; `spoil`, the rows of the
 store whose gradients are infinite. What came of it goes to `outcome`, of all ranks.
 """
