@@ -37,7 +37,8 @@ SHOWN_EVERY = 15
 START_WITHIN = 900.0
 STOP_WITHIN = 120.0
 MODEL = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6}
-SHARED = {"probe__batch_tokens": 256, "probe__global_batch": 32, "probe__shard_rows": 1024}
+SHARED = {"probe__batch_tokens": 256, "probe__global_batch": 8, "probe__shard_rows": 128}
+"""In frozen mode rows come by length within 16 shards, so that the warm-up sees all lengths many times."""
 MODES: dict[str, tuple[int, dict[str, object]]] = {
     "frozen": (0, {"probe__mode": "frozen"}),
     # Without features, whose own pass would take a part of the time.
