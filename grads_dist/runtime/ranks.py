@@ -20,6 +20,7 @@ from grads_dist.runtime.watch import Monitor
 
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+AGENT_ANSWERS_WITHIN = datetime.timedelta(seconds=15)
 LONGEST_PAUSE = 0.5  # seconds
 REPORT_TIMEOUT = datetime.timedelta(seconds=10)
 
@@ -298,12 +299,13 @@ def _own_device(placement: Placement) -> torch.device:
 
 
 def _rendezvous(placement: Placement) -> dist.Store:
+    # An agent listens before it starts its ranks: if it does not answer, it is gone.
+    timeout = AGENT_ANSWERS_WITHIN if launcher.agent_holds_store() else COLLECTIVE_TIMEOUT
     try:
-        store, _, _ = next(
-            dist.rendezvous("env://", placement.rank, placement.world_size, timeout=COLLECTIVE_TIMEOUT)
-        )
+        store, _, _ = next(dist.rendezvous("env://", placement.rank, placement.world_size, timeout=timeout))
     except dist.DistError as error:
         raise GradsDistError(_explain_rendezvous(placement, str(error))) from error
+    store.set_timeout(COLLECTIVE_TIMEOUT)
     return dist.PrefixStore("grads_dist", store)
 
 
