@@ -59,9 +59,10 @@ def plan_kills(case: Case, count: int, rng: random.Random) -> Iterator[Kill]:
         num_ranks = case.world_size or rng.choice((1, 2, 3))
         torchrun = rng.random() < 0.5
         victims = ["all", "rank", "rank"] if num_ranks > 1 or torchrun else ["all"]
-        if torchrun:
+        if torchrun and num_ranks > 1:
+            # One rank alone does not need its agent, and would go on.
             victims.append("agent")
-        elif aim == "importing":
+        elif aim == "importing" and not torchrun:
             # Before the ranks have met nobody but a launcher can tell that one is missing.
             victims = ["all"]
         yield Kill(num_ranks, torchrun, aim, rng.uniform(0, DELAYS[aim]), rng.choice(victims))
