@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import json
 import logging
@@ -33,6 +35,15 @@ def release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def trim() -> None:
+    """Give memory of the C allocator that is free back to the system, where the allocator can.
+
+    Batches have many sizes, so that glibc's heap grows for hours: what is free lies between what is used.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def refusal(rows: np.ndarray, longest: int, batch_tokens: int, path: Path | None) -> GradsDistError:
