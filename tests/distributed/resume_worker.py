@@ -4,8 +4,8 @@
 
 An entry holds the program's arguments and, each optional: `stop_after`, after so many micro-batches of a rank
 it is as if a signal had asked it to stop; `room`, a batch with more padded tokens than this runs out of
-memory; `fail_in_add`, memory runs out once when the numbers of a batch are collected; `spoil`, the rows of the
-store whose gradients are infinite. What came of it goes to `outcome`, of all ranks.
+memory; `fail_in_add`, memory runs out once when the numbers of a batch are collected; `spoil`, the rows of
+the store whose gradients are infinite. What came of it goes to `outcome`, of all ranks.
 """
 
 from __future__ import annotations
