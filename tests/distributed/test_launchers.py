@@ -16,7 +16,7 @@ import slurm_cluster
 import ssh_hosts
 from launching import LAUNCH, Finished, free_port, launch_environment, require_programs, run_all, run_script
 from score_tables import faults_between, numels, read_features, read_scores
-from slurm_cluster import SlurmCluster
+from slurm_cluster import UNDER_WAY, SlurmCluster
 from workspace import launch, make_model, make_rows, run_arguments, run_program, write_jsonl, write_stage
 
 WORKER = Path(__file__).with_name("probe_worker.py")
@@ -239,6 +239,7 @@ def test_a_job_whose_program_leaves_4_is_queued_again_whatever_srun_says(cluster
     """Out of memory: the first rank to leave has the other killed, and srun tells of the kill."""
     job, _ = cluster.submit(["--ntasks-per-node", "1"], ["outcome"], tmp_path, **stand_in)
     cluster.wait_until(lambda: cluster.job(job)["Restarts"] == "1")
+    assert cluster.job(job)["JobState"] in UNDER_WAY
     cluster.call("scancel", job)
 
 
