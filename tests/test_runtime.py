@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import clean_environment
 
 from grads_dist.errors import ConfigError, DataError, GradsDistError
 from grads_dist.runtime import launcher, logs
@@ -317,6 +318,24 @@ def test_a_port_in_use_is_one_line(tmp_path):
         "allowed: another port, set as MASTER_PORT or as the launcher's option"
     ]
     assert "Traceback" not in done.stderr, done.stderr
+
+
+def test_ranks_do_not_wait_for_an_agent_that_is_gone(tmp_path):
+    """torchrun's agent holds the store and dies while its rank imports: nobody is left to end the rank."""
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(nobody.getsockname()[1])}
+        placement = {"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        done = subprocess.run(
+            [sys.executable, "-m", "grads_dist", "select", "--output_dir", str(tmp_path)],
+            env=clean_environment(**placement, **address),
+            text=True,
+            capture_output=True,
+            timeout=100,
+        )
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if line.startswith("grads-dist: error:")]
+    assert len(lines) == 1 and "rank 0" in lines[0] and "did not meet" in lines[0], done.stderr
 
 
 def test_rank_0_prints_progress_without_a_prefix(capsys):
