@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ from grads_dist.commands import COMMANDS, Command, prepare
 from grads_dist.config import Config, TableConfig, save_config
 from grads_dist.data.config import DataConfig
 from grads_dist.errors import ConfigError, DataError, Interrupted
+from grads_dist.identity import Share
 from grads_dist.model.config import ModelConfig
+from grads_dist.probe.config import ProbeConfig
 from grads_dist.runtime import launcher, logs
 from grads_dist.selection.config import SelectionConfig
 
@@ -87,7 +90,7 @@ def test_a_bad_value_is_one_line_and_code_2(program):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["nope"], "command: 'nope' is not known; allowed: run, probe, select, inspect, demo"),
+        (["nope"], "command: 'nope' is not known; allowed: run, probe, select, merge, status, inspect, "),
         (["run", "--data.path=x"], "model.name_or_path: not given, but needed"),
         (["probe", "--data.path=x"], "model.name_or_path: not given, but needed"),
         (["inspect", "--data.path=x", "--model.name_or_path=m", "--count=0"], "count: 0 is not allowed"),
@@ -231,8 +234,8 @@ def stages(monkeypatch):
             calls.append(("run", config, overwrite))
 
         @staticmethod
-        def probe(config, overwrite):
-            calls.append(("probe", config, overwrite))
+        def probe(config, overwrite, share):
+            calls.append(("probe", config, overwrite, share))
 
     class Selecting:
         @staticmethod
@@ -260,7 +263,13 @@ def test_stages_get_the_configuration_and_the_flags(stages):
     given = ["--data.path", "x", "--model.name_or_path", "m"]
     prepare(["run", *given])()
     prepare(["probe", *given, "--overwrite"])()
-    assert stages == [("run", config, False), ("probe", config, True)]
+    frozen = replace(config, probe=ProbeConfig(mode="frozen"))
+    prepare(["probe", *given, "--probe.mode", "frozen", "--shard", "2/3"])()
+    assert stages == [
+        ("run", config, False),
+        ("probe", config, True, None),
+        ("probe", frozen, False, Share(2, 3)),
+    ]
 
 
 def test_a_saved_run_is_repeated_by_its_config(stages, tmp_path):
