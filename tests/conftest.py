@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-TIMEOUT = 120
+TIMEOUT = 300
 
 # Two cores: more threads a process only make the ranks wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, clean_environment
 
 LAUNCH = ROOT / "launch"
-TIMEOUT = 120
+TIMEOUT = 300
 REQUIRED = "GRADS_DIST_REQUIRE_LAUNCHERS"
 """If this variable is 1, as in CI, a launcher that cannot be had fails its tests instead of skipping them."""
 

@@ -93,7 +93,7 @@ def run_program(*args: str) -> subprocess.CompletedProcess[str]:
     return run_python("-m", "grads_dist", *args)
 
 
-def run_python(*args: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def run_python(*args: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """Run `python ARGS...` as one rank."""
     command = [sys.executable, *args]
     return subprocess.run(command, env=clean_environment(), text=True, capture_output=True, timeout=timeout)
