@@ -4,7 +4,7 @@
 
 Two processes probe without pause, one in frozen mode and one in train mode (ZeRO-2, a rank each), while the
 anonymous memory that each holds is read every second. After a warm-up of a fifth of the time, the median of
-the last quarter may be 2 % above that of the first quarter. In the end both are asked to stop.
+the last fifth may be 2 % above that of the first fifth. In the end both are asked to stop.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from reliability import ROOT, Start, arguments, make_workspace, results_folder
 from report import provenance, write_csv
 
 WARM_UP = 0.2
-WINDOW = 0.25
-"""Of the time: in it rows of all lengths come several times, also where other programs keep the machine busy."""
+WINDOW = 0.2
+"""Of the time: rows of all lengths come several times in it, also where other programs run beside it."""
 ALLOWED_GROWTH = 0.02
 ROWS_PER_SECOND = 250
 """More than one thread probes of this model, so that the corpus lasts."""

@@ -20,9 +20,9 @@ def soak(monkeypatch):
 
 
 def test_a_leak_is_growth(soak):
-    found = soak.measure_growth(SECONDS, STEADY + SECONDS / 100)
+    found = soak.measure_growth(SECONDS, STEADY + SECONDS / 50)
     assert found.share > soak.ALLOWED_GROWTH
-    assert found.slope_mib_per_hour == pytest.approx(36)
+    assert found.slope_mib_per_hour == pytest.approx(72)
 
 
 def test_the_start_and_what_comes_and_goes_are_none(soak):
