@@ -62,7 +62,7 @@ def check(folder: Path, output: str, launcher: str, done: Finished) -> None:
     run, single = folder / output, folder / "single"
     about = json.loads((run / "environment.json").read_text(encoding="utf-8"))
     assert (about["launcher"], about["world_size"], about["device"]) == (launcher, 2, "cpu")
-    assert sorted(path.name for path in (run / "logs").iterdir()) == ["rank-00000.log", "rank-00001.log"]
+    assert sorted(path.name for path in (run / "logs").glob("*.log")) == ["rank-00000.log", "rank-00001.log"]
     found, truth = read_scores(run), read_scores(single)
     assert found["index"].to_pylist() == truth["index"].to_pylist() and truth.num_rows == NUM_ROWS
     faults = faults_between(found, truth, numels(single), BOUND)
