@@ -240,7 +240,11 @@ def test_two_ranks_with_zero3_from_a_yaml_file(folder, torchrun):
     assert "selected 5 of 30 rows" in done.stdout
     assert pq.read_table(folder / "two" / "scores.parquet")["index"].to_pylist() == list(range(NUM_ROWS))
     assert len(pq.read_table(folder / "two" / "selection" / "default" / "selected.parquet")) == 5
-    assert {path.name for path in (folder / "two" / "logs").iterdir()} == {"rank-00000.log", "rank-00001.log"}
+    assert {path.name for path in (folder / "two" / "logs").iterdir()} == {
+        f"{kind}-0000{rank}.{suffix}"
+        for rank in (0, 1)
+        for kind, suffix in (("rank", "log"), ("metrics", "jsonl"))
+    }
 
 
 def chat(*turns: tuple[str, str]) -> bytes:
