@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
 import json
 import logging
@@ -18,11 +16,6 @@ from grads_dist.runtime.rundir import write_json
 from grads_dist.table.notes import OUT_OF_MEMORY
 
 log = logging.getLogger(__name__)
-
-LARGE_BLOCK = 1 << 20
-"""Bytes from which on a block of the C allocator is not part of its heap."""
-_M_MMAP_THRESHOLD = -3
-"""Of malloc.h."""
 
 _SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """What torch says in a plain RuntimeError: of the CPU's allocator, of libraries on the GPU."""
@@ -40,22 +33,6 @@ def release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def keep_heap_small() -> None:
-    """Have the C allocator keep large blocks, such as tensors on the CPU, out of its heap; `trim` does more.
-
-    Batches have many sizes, so that what is free in the heap lies between what is used, and the heap of glibc
-    grows for hours. Where it is not glibc, nothing happens.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK)
-
-
-def trim() -> None:
-    """Give what is free in the C allocator's heap back to the system, where the allocator can."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def refusal(rows: np.ndarray, longest: int, batch_tokens: int, path: Path | None) -> GradsDistError:

@@ -11,7 +11,7 @@ from grads_dist.errors import GradsDistError
 from grads_dist.model.probed import Batch
 from grads_dist.probe.batches import dummy_batch
 from grads_dist.probe.checkpoints import Checkpoints
-from grads_dist.probe.memory import is_out_of_memory, largest_batches, trim
+from grads_dist.probe.memory import is_out_of_memory, largest_batches
 from grads_dist.probe.plan import Plan
 from grads_dist.probe.progress import Progress
 from grads_dist.probe.work import Work
@@ -91,7 +91,6 @@ def _flush(work: Work, steps: int) -> None:
     # A file system may take its time.
     with work.session.ranks.unwatched():
         work.scores.flush(name, work.session.num_skipped)
-    trim()
 
 
 def _train_step(work: Work, plan: Plan, step: int, record: bool, number: int, progress: Progress) -> bool:

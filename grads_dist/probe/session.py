@@ -16,7 +16,6 @@ from grads_dist.model.anatomy import check_head, dissect
 from grads_dist.model.load import load_model, load_text_config
 from grads_dist.model.probed import Batch, ProbedModel
 from grads_dist.probe.features import gradient_sketcher
-from grads_dist.probe.memory import keep_heap_small
 from grads_dist.probe.zero import (
     check_supported,
     fill_auto,
@@ -67,7 +66,6 @@ class Session:
         dtype = probe_dtype(config.model, deepspeed_config, ranks.device)
         check_supported(probe, dtype, self.stage, ranks.device)
         if ranks.device.type == "cpu":
-            keep_heap_small()
         sharded, training = self.stage == 3, probe.mode == "train"
         self.training = training
         """Whether passes update the weights."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from grads_dist.model.probed import Batch
 from grads_dist.probe.batches import dummy_batch
-from grads_dist.probe.memory import is_out_of_memory, largest_batches, release, trim
+from grads_dist.probe.memory import is_out_of_memory, largest_batches, release
 from grads_dist.probe.plan import Plan, share_units
 from grads_dist.probe.progress import Progress
 from grads_dist.probe.work import Work
@@ -168,4 +168,3 @@ class _Sweep:
                     shards.flush(name)
             if self.work.scores is not None:
                 self.work.scores.flush(self.prefix + name)
-        trim()
