@@ -65,7 +65,6 @@ class Session:
         self._num_skipped = 0
         dtype = probe_dtype(config.model, deepspeed_config, ranks.device)
         check_supported(probe, dtype, self.stage, ranks.device)
-        if ranks.device.type == "cpu":
         sharded, training = self.stage == 3, probe.mode == "train"
         self.training = training
         """Whether passes update the weights."""
