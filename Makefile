@@ -55,8 +55,6 @@ bench-smoke: $(STAMP)
 	$(BIN)/python benchmarks/bench_estimate.py --smoke
 	$(BIN)/python benchmarks/bench_select.py --smoke
 	$(BIN)/python benchmarks/bench_select_rivals.py --smoke
-	$(BIN)/python benchmarks/kill_test.py --smoke
-	$(BIN)/python benchmarks/soak.py --smoke
 
 gpu-check: $(STAMP)
 	$(BIN)/python benchmarks/gpu_check.py
