@@ -86,9 +86,12 @@ class SlurmCluster:
         deadline = time.monotonic() + TIMEOUT
         while not condition():
             if time.monotonic() > deadline:
-                logs = [f"{path.name}:\n{path.read_text()}" for path in sorted(self.folder.glob("*.out"))]
-                raise TimeoutError("\n".join(logs))
+                raise TimeoutError(self.logs())
             time.sleep(0.1)
+
+    def logs(self) -> str:
+        """What the daemons wrote."""
+        return "\n".join(f"{path.name}:\n{path.read_text()}" for path in sorted(self.folder.glob("*.out")))
 
 
 @contextmanager

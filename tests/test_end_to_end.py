@@ -172,7 +172,8 @@ def test_features_without_their_rows_and_rows_that_are_there_twice(finished, fol
     (run / "scores.parquet").unlink()
     first, second = sorted((run / "scores").iterdir())[:2]
     first.unlink()
-    pq.write_table(pq.read_table(second)[:5], second.with_name(second.name.replace("-000016.", "-000005.")))
+    assert second.name == f"shard-000001-000000-{NUM_ROWS - 16:06d}.parquet"
+    pq.write_table(pq.read_table(second)[:5], second.with_name("shard-000001-000000-000005.parquet"))
     (run / "scores" / ".tmp-1-shard-000007-000000-000016.parquet").write_text("torn")
     done = run_program("probe", *arguments)
     assert done.returncode == 0, done.stderr

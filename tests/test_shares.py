@@ -167,7 +167,7 @@ def test_status_of_a_finished_run(folder):
     lines = dict(line.split(None, 1) for line in describe(str(folder / "whole")).splitlines())
     assert lines["run"].endswith(f"(frozen mode, {NUM_ROWS - 2} usable rows)")
     assert lines["state"] == "finished; selections: default"
-    assert "rows/s" in lines["rate"] and "on 1 ranks, in pass probe" in lines["rate"]
+    assert "rows/s" in lines["rate"] and "on 1 rank, in pass probe" in lines["rate"]
 
 
 def test_status_of_a_stopped_run(folder):

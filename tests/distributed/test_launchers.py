@@ -217,7 +217,7 @@ def test_a_job_that_is_stopped_in_the_middle_goes_on_when_it_is_queued_again(clu
     before = {path: path.stat().st_mtime_ns for path in scores.glob("shard-*")}
     assert before and not (tmp_path / "slurm" / "manifest.json").exists()
     cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now")
-    assert cluster.wait_for_end(job) == 0, log.read_text()
+    assert cluster.wait_for_end(job) == 0, f"{log.read_text()}\n{cluster.logs()}"
     assert {path: path.stat().st_mtime_ns for path in before} == before
     found, truth = (read_scores(tmp_path / name) for name in ("slurm", "single"))
     assert found["index"].to_pylist() == truth["index"].to_pylist()

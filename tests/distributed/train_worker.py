@@ -58,8 +58,8 @@ def without_statistics(arguments: list[str], ranks: Ranks) -> tuple[nn.Module, L
     losses: Losses = {}
     train = session.train_micro_batch
 
-    def spy(batch, last, record):
-        found = train(batch, last, record)
+    def spy(batch, last_of_step, record):
+        found = train(batch, last_of_step, record)
         losses.update(zip(batch.rows.tolist(), session.model.head_result.losses.tolist(), strict=False))
         return found
 
