@@ -36,7 +36,9 @@ TORCHRUN = {
 
 
 def test_alone_is_one_rank():
-    assert place({}) == Placement(0, 1, 0, 1, "single")
+    found = place({})
+    assert found == Placement(0, 1, 0, 1, "single", master_port=found.master_port)
+    assert found.master_port != place({}).master_port
 
 
 def test_torchrun_wins_over_slurm():

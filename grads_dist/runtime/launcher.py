@@ -75,7 +75,8 @@ def _read(env: Mapping[str, str]) -> Placement:
         return _from_mpi(env)
     if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
         return _from_slurm(env)
-    return Placement()
+    # Nobody else has to know the port, and what starts a group by it must not meet another process alone.
+    return Placement(master_port=_free_port())
 
 
 def export(placement: Placement) -> None:
