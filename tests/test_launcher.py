@@ -38,7 +38,7 @@ TORCHRUN = {
 def test_alone_is_one_rank():
     found = place({})
     assert found == Placement(0, 1, 0, 1, "single", master_port=found.master_port)
-    assert found.master_port != place({}).master_port
+    assert len({place({}).master_port for _ in range(5)}) > 1
 
 
 def test_torchrun_wins_over_slurm():
