@@ -36,7 +36,7 @@ demo: $(STAMP)
 	$(BIN)/grads-dist demo --overwrite
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q --numprocesses $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -q --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check

@@ -1,17 +1,19 @@
 """Runs of which one rank dies, hangs or fails alone. As a script, this file is a rank of such a run."""
 
+import gc
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from grads_dist.errors import ConfigError
-from grads_dist.runtime.activity import FIRST_LIMIT, MIN_LIMIT, Activity
+from grads_dist.runtime.activity import FIRST_LIMIT, MIN_LIMIT, Activity, find_main
 from grads_dist.runtime.verdict import Beat, Failure, judge
 
 RANKS = 3
@@ -128,6 +130,34 @@ def test_an_error_that_only_sounds_like_a_broken_collective_is_reported_at_once(
 
     assert not is_broken_collective(RuntimeError("the model server: connection reset, timed out"))
     assert not is_broken_collective(ConnectionResetError("gloo"))
+
+
+def test_nothing_is_collected_while_frames_are_looked_at():
+    """Else another thread may end a frame just when it is looked at (see `_no_collection`)."""
+    places: list[str] = []
+    before = gc.get_threshold()
+
+    def note(phase: str, _: object) -> None:
+        frame = sys._getframe(1)
+        while frame.f_back is not None and frame.f_code.co_name in ("_module", "_in_collective", "<genexpr>"):
+            frame = frame.f_back
+        places.append(frame.f_code.co_name)
+
+    def look() -> None:
+        # From here on every new object starts a collection.
+        gc.set_threshold(1)
+        gc.callbacks.append(note)
+        try:
+            find_main(threading.main_thread().ident, set())
+        finally:
+            gc.callbacks.remove(note)
+            gc.set_threshold(*before)
+
+    # In a thread, as the frames of the one that waits have no objects yet.
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert gc.isenabled() and places and "_find_main" not in places
 
 
 def test_the_limit_follows_the_longest_pause_of_a_kind(monkeypatch):

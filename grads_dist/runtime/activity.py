@@ -1,6 +1,7 @@
 """What the main thread of a rank is doing, and how long it may take to get on."""
 
 import contextlib
+import gc
 import sys
 import time
 from collections import deque
@@ -86,6 +87,28 @@ def find_main(thread: int, own: set[int]) -> tuple[bool, str]:
 
     A collective may run in a thread of autograd, so all threads are looked at.
     """
+    with _no_collection():
+        return _find_main(thread, own)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep the garbage collector from running.
+
+    Going from frame to frame makes objects for them. Up to Python 3.11 that may start a collection in its
+    midst; whatever is collected may let other threads run, and the frame that was about to be looked at is
+    gone. Seen as a tensor in place of a frame, and as a crash.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _find_main(thread: int, own: set[int]) -> tuple[bool, str]:
     frames = {key: frame for key, frame in sys._current_frames().items() if key not in own}
     main = frames.get(thread)
     if main is None:

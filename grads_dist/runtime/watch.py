@@ -46,6 +46,8 @@ PATIENCE_BROKEN = 6.0
 """The same once a collective broke: a rank is gone then, and the question is only which."""
 BROKEN_PATIENCE = 25.0
 """Seconds that a rank whose collective broke waits for word of the rank that is gone."""
+LOOK_AFTER = 10.0
+"""Seconds without progress after which it is looked at where the main thread is."""
 HURRIED_PATIENCE = 12.0
 """The same once the launcher has begun to end the ranks."""
 LINGER = 5.0
@@ -187,7 +189,9 @@ class Monitor:
         activity = self._activity
         if activity.beats != self._progress:
             self._progress, self._progress_at = activity.beats, now
-        waiting, where = find_main(self._main, self._own)
+        stalled = now - self._progress_at
+        # Less matters to nobody: `judge` asks only whether a rank waits that has been late for longer.
+        waiting, where = find_main(self._main, self._own) if stalled > LOOK_AFTER else (False, "")
         return Beat(
             rank=self._rank,
             host=self._host,
@@ -195,7 +199,7 @@ class Monitor:
             state=activity.state,
             doing=activity.doing,
             progress=activity.beats,
-            stalled=now - self._progress_at,
+            stalled=stalled,
             limit=activity.limit(),
             waiting=waiting,
             where=where,
