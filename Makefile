@@ -51,7 +51,7 @@ bench-smoke: $(STAMP)
 	$(BIN)/python benchmarks/bench_kernels.py --smoke
 	$(BIN)/python benchmarks/bench_memory.py --smoke
 	$(BIN)/python benchmarks/bench_callback.py --smoke
-	$(BIN)/python benchmarks/bench_estimate.py --smoke
+	$(BIN)/python benchmarks/bench_estimate.py --smoke --only train
 	$(BIN)/python benchmarks/bench_select.py --smoke
 	$(BIN)/python benchmarks/bench_select_rivals.py --smoke
 
