@@ -32,7 +32,7 @@ WARM_UP = 0.2
 WINDOW = 0.2
 """Of the time: rows of all lengths come several times in it, also where other programs run beside it."""
 ALLOWED_GROWTH = 0.02
-ROWS_PER_SECOND = 250
+ROWS_PER_SECOND = 100
 """More than one thread probes of this model, so that the corpus lasts."""
 ROWS_WRITTEN = 500
 """Rows of one JSON file that differ; the corpus repeats them."""
