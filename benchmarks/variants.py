@@ -45,11 +45,24 @@ class Setup:
     batch_tokens: int
     ranks: Ranks
     adapter: str | None = None
+    dtype: str = "float32"
+    num_rows: int = 0
+    """Rows that there are in all."""
 
     @property
     def model_config(self) -> ModelConfig:
-        """The benchmark's model; in float32, so that all variants' statistics can be compared."""
-        return ModelConfig(name_or_path=self.model_folder, adapter=self.adapter, dtype="float32")
+        """The benchmark's model."""
+        return ModelConfig(
+            name_or_path=self.model_folder,
+            adapter=self.adapter,
+            dtype=self.dtype,  # type: ignore[arg-type]
+        )
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        found: torch.dtype = getattr(torch, self.dtype)
+        return found
 
     def probe_config(self, mode: str, targets: list[str]) -> ProbeConfig:
         """Learning rate 0: an update costs the same, and all variants stay at the same weights."""
@@ -71,12 +84,14 @@ class Variant:
         computes: what is done for a batch, so that a cheaper job is not taken for a faster one.
         build: makes the function that is timed.
         may_fail: a rival that need not work for every model and size; it is then reported as unrun.
+        fields: what it finds of each gradient, to be compared with the reference.
     """
 
     name: str
     computes: str
     build: Callable[[Setup], Step]
     may_fail: bool = False
+    fields: tuple[str, ...] = ("sum", "sumsq", "min", "max")
 
 
 def plain_step(setup: Setup) -> Step:
@@ -84,11 +99,11 @@ def plain_step(setup: Setup) -> Step:
     import deepspeed
 
     ranks = setup.ranks
-    model = load_model(setup.model_config, torch.float32, ranks.device)
+    model = load_model(setup.model_config, setup.torch_dtype, ranks.device)
     config = fill_auto(
         load_deepspeed_config(None),
         setup.probe_config("train", PAPER),
-        torch.float32,
+        setup.torch_dtype,
         hidden_size=model.config.get_text_config().hidden_size,
         num_steps=1,
         ranks=ranks,
@@ -127,7 +142,8 @@ def training_step(setup: Setup, targets: list[str], record: bool) -> Step:
     return step
 
 
-def _frozen(setup: Setup, targets: list[str]) -> Step:
+def frozen_step(setup: Setup, targets: list[str]) -> Step:
+    """The probe at fixed weights."""
     session = _session(setup, "frozen", targets)
     return lambda work: session.measure(work.batch).stats
 
@@ -141,20 +157,23 @@ def _features(setup: Setup) -> Step:
     return step
 
 
-def _loop(setup: Setup, targets: list[str]) -> Step:
-    model, resolved = _model_and_targets(setup, targets)
+def per_sample_loop(setup: Setup, targets: list[str]) -> Step:
+    """Autograd one sample at a time."""
+    model, resolved = model_and_targets(setup, targets)
     step = loop_step(model, resolved)
     return lambda work: step(work.batch)
 
 
-def _vmap(setup: Setup, targets: list[str]) -> Step:
-    model, resolved = _model_and_targets(setup, targets)
+def per_sample_vmap(setup: Setup, targets: list[str]) -> Step:
+    """torch.func over a chunk of samples."""
+    model, resolved = model_and_targets(setup, targets)
     step = vmap_step(model, resolved, VMAP_GRADIENT_BYTES)
     return lambda work: step(work.batch)
 
 
-def _model_and_targets(setup: Setup, targets: list[str]) -> tuple[nn.Module, Targets]:
-    model = load_model(setup.model_config, torch.float32, setup.ranks.device)
+def model_and_targets(setup: Setup, targets: list[str]) -> tuple[nn.Module, Targets]:
+    """A model of one's own, and the parameters that targets stand for in it."""
+    model = load_model(setup.model_config, setup.torch_dtype, setup.ranks.device)
     anatomy = dissect(model)
     if anatomy.tied:
         # Autograd would give the sum of both uses; the targets are each as if untied.
@@ -182,14 +201,27 @@ VARIANTS = (
         f"{_TRAIN} + statistics of {_ALL}",
         partial(training_step, targets=LINEAR, record=True),
     ),
-    Variant("frozen", f"statistics of {_BOTH} {_FROZEN}", partial(_frozen, targets=PAPER)),
-    Variant("frozen-linear", f"statistics of {_ALL} {_FROZEN}", partial(_frozen, targets=LINEAR)),
-    Variant("frozen-head", "statistics of lm_head, forward pass only", partial(_frozen, targets=["lm_head"])),
-    Variant("features", "content features, forward pass only", _features),
-    Variant("loop", f"statistics of {_BOTH}, autograd sample by sample", partial(_loop, targets=PAPER)),
-    Variant(REFERENCE, f"statistics of {_ALL}, autograd sample by sample", partial(_loop, targets=LINEAR)),
-    Variant("vmap", f"statistics of {_BOTH}, torch.func vmap(grad)", partial(_vmap, targets=PAPER), True),
+    Variant("frozen", f"statistics of {_BOTH} {_FROZEN}", partial(frozen_step, targets=PAPER)),
+    Variant("frozen-linear", f"statistics of {_ALL} {_FROZEN}", partial(frozen_step, targets=LINEAR)),
     Variant(
-        "vmap-linear", f"statistics of {_ALL}, torch.func vmap(grad)", partial(_vmap, targets=LINEAR), True
+        "frozen-head", "statistics of lm_head, forward pass only", partial(frozen_step, targets=["lm_head"])
+    ),
+    Variant("features", "content features, forward pass only", _features),
+    Variant(
+        "loop", f"statistics of {_BOTH}, autograd sample by sample", partial(per_sample_loop, targets=PAPER)
+    ),
+    Variant(
+        REFERENCE,
+        f"statistics of {_ALL}, autograd sample by sample",
+        partial(per_sample_loop, targets=LINEAR),
+    ),
+    Variant(
+        "vmap", f"statistics of {_BOTH}, torch.func vmap(grad)", partial(per_sample_vmap, targets=PAPER), True
+    ),
+    Variant(
+        "vmap-linear",
+        f"statistics of {_ALL}, torch.func vmap(grad)",
+        partial(per_sample_vmap, targets=LINEAR),
+        True,
     ),
 )
