@@ -16,7 +16,7 @@ import torch
 from per_sample import by_target
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from variants import LINEAR, Setup, Step, model_and_targets
+from variants import LINEAR, Setup, Step, model_and_targets, plain_loss
 from workload import Work
 
 from grads_dist.model.load import load_model
@@ -45,35 +45,21 @@ def plain_passes(setup: Setup) -> Step:
     parameters = [p.requires_grad_(True) for p in model.parameters()]
 
     def step(work: Work) -> None:
-        mean_loss(model, work.batch).backward()
+        plain_loss(model, work.batch).backward()
         for parameter in parameters:
             parameter.grad = None
 
     return step
 
 
-def mean_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean cross-entropy of the batch's label tokens."""
-    return cross_entropy(
-        _logits(model, batch).flatten(0, 1), _labels(batch)[:, 1:].flatten(), ignore_index=-100
-    )
-
-
 def sum_of_sample_means(model: nn.Module, batch: Batch) -> Tensor:
     """Sum over the samples of each one's mean cross-entropy, so that its gradient is that of its own loss."""
     labels_ST = _labels(batch)[:, 1:]
-    nll = cross_entropy(
-        _logits(model, batch).flatten(0, 1), labels_ST.flatten(), ignore_index=-100, reduction="none"
-    )
+    output = model(input_ids=batch.input_ids, attention_mask=batch.token_mask.long(), use_cache=False)
+    logits_ZV = output.logits[:, :-1].flatten(0, 1)
+    nll = cross_entropy(logits_ZV, labels_ST.flatten(), ignore_index=-100, reduction="none")
     counts_S = (labels_ST != -100).sum(1)
     return (nll.view_as(labels_ST).sum(1) / counts_S).sum()
-
-
-def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    logits: Tensor = model(
-        input_ids=batch.input_ids, attention_mask=batch.token_mask.long(), use_cache=False
-    ).logits
-    return logits[:, :-1]
 
 
 def _labels(batch: Batch) -> Tensor:

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 from per_sample import loop_step, vmap_step
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from workload import Work
 
@@ -17,6 +17,7 @@ from grads_dist.data.config import DataConfig
 from grads_dist.model.anatomy import dissect
 from grads_dist.model.config import ModelConfig
 from grads_dist.model.load import load_model
+from grads_dist.model.probed import Batch
 from grads_dist.probe.config import ProbeConfig
 from grads_dist.probe.session import Session
 from grads_dist.probe.zero import fill_auto, join_ranks, load_deepspeed_config
@@ -48,6 +49,10 @@ class Setup:
     dtype: str = "float32"
     num_rows: int = 0
     """Rows that there are in all."""
+    deepspeed: str | None = None
+    """DeepSpeed JSON file; unset, the program's default."""
+    checkpointing: str = "none"
+    """Gradient checkpointing, as in the model's configuration."""
 
     @property
     def model_config(self) -> ModelConfig:
@@ -56,6 +61,7 @@ class Setup:
             name_or_path=self.model_folder,
             adapter=self.adapter,
             dtype=self.dtype,  # type: ignore[arg-type]
+            gradient_checkpointing=self.checkpointing,  # type: ignore[arg-type]
         )
 
     @property
@@ -101,7 +107,7 @@ def plain_step(setup: Setup) -> Step:
     ranks = setup.ranks
     model = load_model(setup.model_config, setup.torch_dtype, ranks.device)
     config = fill_auto(
-        load_deepspeed_config(None),
+        load_deepspeed_config(setup.deepspeed),
         setup.probe_config("train", PAPER),
         setup.torch_dtype,
         hidden_size=model.config.get_text_config().hidden_size,
@@ -115,25 +121,33 @@ def plain_step(setup: Setup) -> Step:
     def step(work: Work) -> None:
         batch = work.batch
         engine.set_gradient_accumulation_boundary(work.ends_step)
-        output = engine(input_ids=batch.input_ids, attention_mask=batch.token_mask.long(), use_cache=False)
-        labels = batch.input_ids.masked_fill(~batch.loss_mask, -100)
-        loss = cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-        engine.backward(loss, scale_wrt_gas=False)
+        engine.backward(plain_loss(engine, batch), scale_wrt_gas=False)
         engine.step()
 
     return step
 
 
-def _session(setup: Setup, mode: str, targets: list[str]) -> Session:
+def plain_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean cross-entropy of the batch's label tokens, as users of a model write it."""
+    output = model(input_ids=batch.input_ids, attention_mask=batch.token_mask.long(), use_cache=False)
+    labels = batch.input_ids.masked_fill(~batch.loss_mask, -100)
+    return cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+
+
+def make_session(setup: Setup, mode: str, targets: list[str]) -> Session:
+    """The probe's own session, on a model of its own."""
     config = Config(
-        model=setup.model_config, data=DataConfig(path="unread"), probe=setup.probe_config(mode, targets)
+        model=setup.model_config,
+        data=DataConfig(path="unread"),
+        probe=setup.probe_config(mode, targets),
+        deepspeed=setup.deepspeed,
     )
     return Session(config, setup.ranks)
 
 
 def training_step(setup: Setup, targets: list[str], record: bool) -> Step:
     """A training micro-step of the probe, with the statistics of `targets` or without any."""
-    session = _session(setup, "train", targets)
+    session = make_session(setup, "train", targets)
 
     def step(work: Work) -> dict[str, Statistics] | None:
         found = session.train_micro_batch(work.batch, work.ends_step, record)
@@ -144,12 +158,12 @@ def training_step(setup: Setup, targets: list[str], record: bool) -> Step:
 
 def frozen_step(setup: Setup, targets: list[str]) -> Step:
     """The probe at fixed weights."""
-    session = _session(setup, "frozen", targets)
+    session = make_session(setup, "frozen", targets)
     return lambda work: session.measure(work.batch).stats
 
 
 def _features(setup: Setup) -> Step:
-    session = _session(setup, "frozen", ["lm_head"])
+    session = make_session(setup, "frozen", ["lm_head"])
 
     def step(work: Work) -> None:
         session.features(work.batch, "label")
