@@ -1,4 +1,4 @@
-"""What a probed training step costs on a GPU, at the sizes that are fine-tuned: 1B and 8B, rows of 128 to 4096.
+"""What a probed training step costs on a GPU at 1B and 8B parameters, for rows of 128 to 4096 tokens.
 
     python benchmarks/bench_step.py --shape 1b             tens of seconds a row length; one GPU of 80 GB
     python benchmarks/bench_step.py --shape 8b             one GPU of 140 GB
@@ -32,7 +32,7 @@ from report import format_table, provenance, write_csv
 from step_profile import write_profile
 from step_shapes import SHAPES, Shape
 from step_stage import BASE, VARIANTS, Stage, StepVariant, allocated
-from timing import Spread, synchronise, time_in_turns
+from timing import Spread, time_in_turns
 from variants import Setup
 from workload import SyntheticRows, Work
 
@@ -73,21 +73,26 @@ class Bench:
             checkpointing=self.shape.checkpointing,
         )
         self.stages = {mode: Stage(setup, mode) for mode in ("train", "frozen")}
+        self.peak_tflops = args.peak_tflops or known_tflops(ranks.device)
+        self.constants = describe(self.shape) | provenance(ranks.device)
+        self.too_large: dict[str, str] = {}
+        """Variants that a shorter row left no memory for, and what is said of them."""
 
     def measure(self, length: int) -> Iterator[dict[str, object]]:
         """A line for every variant at one row length."""
         work = self.make_work(length)
-        notes: dict[str, str] = {}
         step_bytes: dict[str, int] = {}
         for variant in VARIANTS:
+            if variant.name in self.too_large:
+                continue
             try:
                 step_bytes[variant.name] = self.warm_up(variant, work[0])
             except torch.OutOfMemoryError:
-                notes[variant.name] = "out of memory"
-            if variant.name in notes:
+                self.too_large[variant.name] = f"out of memory at {length} tokens a row"
+            if variant.name in self.too_large:
                 # Half a backward pass has left its gradients in the engine.
                 self.stages[variant.mode].close()
-        fits = {variant.name: variant for variant in VARIANTS if variant.name not in notes}
+        fits = {variant.name: variant for variant in VARIANTS if variant.name in step_bytes}
         seconds = time_in_turns(
             {name: self.stages[variant.mode].run for name, variant in fits.items()},
             work,
@@ -97,7 +102,7 @@ class Bench:
         )
         for variant in VARIANTS:
             found = seconds.get(variant.name)
-            line = self.blank(length, variant, notes.get(variant.name))
+            line = self.blank(length, variant, self.too_large.get(variant.name))
             if found is not None:
                 line |= self.numbers(length, variant, found, seconds.get(BASE))
                 line |= self.memory(variant, step_bytes[variant.name])
@@ -132,12 +137,11 @@ class Bench:
         """Rates of one variant, and its ratios where the base ran."""
         rows = self.batch_tokens // length
         middle = float(np.median(seconds))
-        peak = peak_tflops(self.args, self.device)
         flops = self.shape.flops(length, rows, variant.passes)
         spread = None if base is None else Spread.of(seconds, base)
         return {
             "tokens_per_s": rows * length / middle,
-            "mfu": peak and flops / middle / (peak * 1e12),
+            "mfu": self.peak_tflops and flops / middle / (self.peak_tflops * 1e12),
             "ms_median": middle * 1000,
             **{f"ratio_{name}": spread and getattr(spread, name) for name in ("median", "p25", "p75")},
         }
@@ -161,9 +165,8 @@ class Bench:
             "rows": self.batch_tokens // length,
             "batch_tokens": self.batch_tokens,
             "repeats": self.args.repeats,
-            **describe(self.shape),
-            "peak_tflops": peak_tflops(self.args, self.device),
-            **provenance(self.device),
+            "peak_tflops": self.peak_tflops,
+            **self.constants,
         }
 
     def profile(self, length: int, out: Path) -> Iterator[Path]:
@@ -244,10 +247,10 @@ def describe(shape: Shape) -> dict[str, object]:
     }
 
 
-def peak_tflops(args: argparse.Namespace, device: torch.device) -> float | None:
-    """The device's rate, as asked for or by its name."""
-    if args.peak_tflops or device.type != "cuda":
-        return args.peak_tflops
+def known_tflops(device: torch.device) -> float | None:
+    """The device's rate by its name, if it is known."""
+    if device.type != "cuda":
+        return None
     name = torch.cuda.get_device_name(device)
     return next((rate for known, rate in PEAK_TFLOPS.items() if known in name), None)
 

@@ -1,4 +1,4 @@
-"""The models of bench_step.py: standard shapes with random weights, and what a pass over them has to compute."""
+"""The models of bench_step.py: standard shapes, random weights, and what a pass over them must compute."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The variants of bench_step.py, which take turns on one training engine and on one frozen copy of the model."""
+"""The variants of bench_step.py, which take turns on one training engine and one frozen model."""
 
 from __future__ import annotations
 
@@ -99,6 +99,8 @@ class Stage:
             self._session.close()
         self._session = None
         gc.collect()
+        if self._setup.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _open(self) -> Session:
         before = allocated(self._setup.ranks.device)
