@@ -38,6 +38,11 @@ from variants import BASE, LINEAR, PAPER, Variant, frozen_step, per_sample_loop,
 
 REFERENCE = "loop-linear"
 BODY = ["linear"]
+IMPORTED = (
+    "opacus.grad_sample",
+    "bergson.collector.gradient_collectors",
+    "bergson.utils.worker_utils",
+)
 RIVALS = ("opacus==1.6.0", "bergson==2.5.1")
 NEEDS = ("opt-einsum", "simple-parsing", "jaxtyping", "ml_dtypes", "natsort", "petname", "torchopt")
 """What the rivals import and a development environment lacks; their own lists would fetch torchvision."""
@@ -89,7 +94,8 @@ VARIANTS = (
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Make the rivals' environment, or run the trial."""
-    trial = Trial("bench_neighbours", __file__, VARIANTS, REFERENCE, versions("opacus", "bergson"))
+    facts = versions("opacus", "bergson")
+    trial = Trial("bench_neighbours", __file__, VARIANTS, REFERENCE, facts, IMPORTED)
     parser = make_parser(trial, __doc__)
     parser.add_argument("--setup", metavar="DIR", help="make an environment with the rivals, and end")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")

@@ -10,7 +10,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +55,7 @@ class Trial:
         variants: what is compared; the first is what all ratios are to.
         reference: the variant whose statistics the others must reproduce; it runs whether it is timed or not.
         facts: more columns, and what stands in them.
+        imports: modules that do not count as a variant's memory, beside deepspeed; those that there are.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Trial:
     variants: tuple[Variant, ...]
     reference: str
     facts: Mapping[str, object]
+    imports: tuple[str, ...] = ()
 
     def named(self, name: str) -> Variant:
         """The variant of that name."""
@@ -122,7 +126,7 @@ def run(trial: Trial, args: argparse.Namespace) -> None:
             folder, args.global_batch, args.batch_tokens, ranks, dtype=args.dtype, num_rows=num_rows
         )
         if args.memory_of:
-            print(json.dumps(_peak_memory(trial.named(args.memory_of), setup, args)))
+            print(json.dumps(_peak_memory(trial, args.memory_of, setup, args)))
         else:
             rows = _results(trial, args, setup)
             name = f"{trial.name}_{'smoke' if args.smoke else ranks.device.type}"
@@ -258,12 +262,14 @@ def _measure_memory(trial: Trial, name: str, args: argparse.Namespace, setup: Se
     return float(json.loads(done.stdout.splitlines()[-1])["peak_mib"])
 
 
-def _peak_memory(variant: Variant, setup: Setup, args: argparse.Namespace) -> dict[str, float]:
+def _peak_memory(trial: Trial, name: str, setup: Setup, args: argparse.Namespace) -> dict[str, float]:
     """Build the variant and run a few micro-batches; everything after the imports counts."""
-    import deepspeed  # noqa: F401  # before the baseline is taken, whether the variant uses it or not
-
+    # Before the baseline is taken, whether the variant uses them or not.
+    for module in ("deepspeed", *trial.imports):
+        with suppress(ImportError):
+            import_module(module)
     peak = PeakMemory(setup.ranks.device)
     work = _make_work(args, setup)
-    step = variant.build(setup)
+    step = trial.named(name).build(setup)
     _warm_up(step, work)
     return {"peak_mib": peak.mib()}
