@@ -92,14 +92,7 @@ class Bench:
             if variant.name in self.too_large:
                 # Half a backward pass has left its gradients in the engine.
                 self.stages[variant.mode].close()
-        fits = {variant.name: variant for variant in VARIANTS if variant.name in step_bytes}
-        seconds = time_in_turns(
-            {name: self.stages[variant.mode].run for name, variant in fits.items()},
-            work,
-            self.args.seed,
-            self.device,
-            before=lambda name: self.stages[fits[name].mode].prepare(fits[name]),
-        )
+        seconds = self.take_turns([v for v in VARIANTS if v.name in step_bytes], work)
         for variant in VARIANTS:
             found = seconds.get(variant.name)
             line = self.blank(length, variant, self.too_large.get(variant.name))
@@ -107,6 +100,23 @@ class Bench:
                 line |= self.numbers(length, variant, found, seconds.get(BASE))
                 line |= self.memory(variant, step_bytes[variant.name])
             yield line
+
+    def take_turns(self, variants: Sequence[StepVariant], work: Sequence[Work]) -> dict[str, np.ndarray]:
+        """Seconds of every variant on every micro-batch; none where all of them together do not fit."""
+        named = {variant.name: variant for variant in variants}
+        try:
+            return time_in_turns(
+                {name: self.stages[variant.mode].run for name, variant in named.items()},
+                work,
+                self.args.seed,
+                self.device,
+                before=lambda name: self.stages[named[name].mode].prepare(named[name]),
+            )
+        except torch.OutOfMemoryError:
+            self.too_large |= dict.fromkeys(named, "out of memory beside the others")
+        for stage in self.stages.values():
+            stage.close()
+        return {}
 
     def make_work(self, length: int) -> list[Work]:
         """As many micro-batches as are timed."""
@@ -173,7 +183,7 @@ class Bench:
         """Write where the time of one probed step goes; gives the files."""
         work = self.make_work(length)[0]
         for variant in VARIANTS:
-            if variant.name in PROFILED:
+            if variant.name in PROFILED and variant.name not in self.too_large:
                 stage = self.stages[variant.mode]
                 stage.prepare(variant)
                 stage.run(work)

@@ -201,10 +201,12 @@ def time_steps(deadline: float, out: Path) -> bool:
     # A length that is begun takes some seconds.
     command = [sys.executable, str(ROOT / "benchmarks" / "bench_step.py"), *STEP_OPTIONS]
     command += ["--seconds", f"{left - STEP_SECONDS / 3:.0f}", "--out", str(out)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     torch.cuda.empty_cache()
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=left)
+        done = subprocess.run(
+            command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=left
+        )
     except subprocess.TimeoutExpired:
         print(f"skip  steps: not done after {left:.0f} s")
         return True
