@@ -22,7 +22,7 @@ help:
 	@echo "make test         all tests"
 	@echo "make lint types   ruff and mypy"
 	@echo "make bench-smoke  the benchmarks at toy size"
-	@echo "make gpu-check    tests and benchmarks of the CUDA kernels, on a machine with an NVIDIA GPU"
+	@echo "make gpu-check    tests and times of the CUDA kernels, steps of a 1B model; needs an NVIDIA GPU"
 
 install: $(STAMP)
 
@@ -48,6 +48,9 @@ types: $(STAMP)
 bench-smoke: $(STAMP)
 	$(PIP_INSTALL) -q -e ".[$(EXTRA),benchmarks]"
 	$(BIN)/python benchmarks/bench_probe.py --smoke
+	$(BIN)/python benchmarks/bench_neighbours.py --smoke
+	$(BIN)/python benchmarks/bench_step.py --smoke
+	$(BIN)/python benchmarks/bf16_honesty.py --smoke
 	$(BIN)/python benchmarks/bench_kernels.py --smoke
 	$(BIN)/python benchmarks/bench_memory.py --smoke
 	$(BIN)/python benchmarks/bench_callback.py --smoke

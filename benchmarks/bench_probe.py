@@ -12,224 +12,23 @@ compared. The learning rate is 0, so that all variants stay at the same weights;
 from __future__ import annotations
 
 import argparse
-import json
-import logging
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-import numpy as np
-import torch
-from report import format_table, provenance, write_csv
-from timing import PeakMemory, Spread, time_in_turns
-from variants import BASE, REFERENCE, VARIANTS, Setup, Step, Variant
-from workload import SMOKE, Size, Work, micro_batches, save_random_model, synthetic_rows, tokenized_rows
+from trial import Trial, make_parser, run
+from trial import parse as parse_trial
+from variants import REFERENCE, VARIANTS
 
-from grads_dist.model.load import load_model
-from grads_dist.runtime.launcher import detect
-from grads_dist.runtime.ranks import Ranks
-from grads_dist.stats.statistics import Statistics
-
-log = logging.getLogger("bench_probe")
-
-COLUMNS = (
-    "variant computes samples_per_s tokens_per_s ratio_median ratio_p25 ratio_p75 ratio_min ratio_max "
-    "peak_mib note device threads cpu_model torch deepspeed transformers commit date model model_params "
-    "corpus global_batch batch_tokens num_batches num_samples num_tokens"
-).split()
-TABLE = "variant samples_per_s tokens_per_s ratio_median ratio_p25 ratio_p75 peak_mib note".split()
-NUM_WARMUP = 2
-TOLERANCE = 1e-4
-"""Relative difference allowed between two float32 passes: sums over a few hundred positions in another order,
-through all layers, with room for cancellation. A wrong formula is off by much more."""
+TRIAL = Trial("bench_probe", __file__, VARIANTS, REFERENCE, facts={})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Check, time, measure memory if asked to, write the CSV and print the table."""
-    args = parse(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    logging.basicConfig(format="%(message)s")
-    log.setLevel(logging.INFO)
-    ranks = Ranks.start(detect())
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = args.model or str(save_random_model(Path(temporary), size_of(args), args.seed))
-        setup = Setup(folder, args.global_batch, args.batch_tokens, ranks)
-        if args.memory_of:
-            print(json.dumps(peak_memory(variant_named(args.memory_of), setup, args)))
-        else:
-            rows = run(args, setup)
-            name = "bench_probe_smoke" if args.smoke else f"bench_probe_{ranks.device.type}"
-            out = Path(args.out or (tempfile.mkdtemp() if args.smoke else Path(__file__).parent / "results"))
-            write_csv(out / f"{name}.csv", COLUMNS, rows)
-            print(format_table(TABLE, rows))
-            print(out / f"{name}.csv")
-    ranks.close()
+    """Run the trial that the command line asks for."""
+    run(TRIAL, parse(argv))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line; --smoke changes the sizes' defaults."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    names = [variant.name for variant in VARIANTS]
-    parser.add_argument("--model", help="model folder; default: a random Llama of 5M parameters")
-    parser.add_argument("--data", help="jsonl or parquet corpus; default: synthetic rows. Needs --model")
-    parser.add_argument("--variants", type=lambda text: text.split(","), default=names, help="default: all")
-    parser.add_argument("--steps", type=int, help="optimizer steps that are timed (8)")
-    parser.add_argument("--global-batch", type=int, help="samples in a step (64)")
-    parser.add_argument("--batch-tokens", type=int, help="padded tokens in a micro-batch (4096)")
-    parser.add_argument("--threads", type=int, help="torch threads; default: torch's own choice")
-    parser.add_argument("--memory", action="store_true", help="peak memory too, in a fresh process a variant")
-    parser.add_argument(
-        "--out", help="folder of the CSV; default: benchmarks/results, a temporary one in smoke"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--smoke", action="store_true", help="toy sizes; the numbers mean nothing")
-    parser.add_argument("--memory-of", choices=names, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    sizes = (2, 8, 128) if args.smoke else (8, 64, 4096)
-    for name, value in zip(("steps", "global_batch", "batch_tokens"), sizes, strict=True):
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if unknown := set(args.variants) - set(names):
-        parser.error(f"--variants: {sorted(unknown)[0]!r} is not known; allowed: {', '.join(names)}")
-    if BASE not in args.variants:
-        parser.error(f"--variants: {BASE!r} is what all are compared with; name it too")
-    if args.data and not args.model:
-        parser.error("--data: needs --model, for its tokenizer")
-    return args
-
-
-def size_of(args: argparse.Namespace) -> Size:
-    """Size of the random model and the synthetic rows."""
-    return SMOKE if args.smoke else Size()
-
-
-def variant_named(name: str) -> Variant:
-    """The variant of that name."""
-    return next(variant for variant in VARIANTS if variant.name == name)
-
-
-def make_work(args: argparse.Namespace, setup: Setup) -> list[Work]:
-    """The micro-batches that are timed."""
-    count = args.steps * args.global_batch
-    if args.data:
-        rows, lengths = tokenized_rows(args.data, setup.model_folder, count)
-    else:
-        rows, lengths = synthetic_rows(count, size_of(args), setup.model_folder, args.seed)
-    return micro_batches(rows, lengths, args.global_batch, args.batch_tokens, args.seed, setup.ranks.device)
-
-
-def run(args: argparse.Namespace, setup: Setup) -> list[dict[str, object]]:
-    """One row of results a variant; a rival that does not run has the reason in `note`."""
-    work = make_work(args, setup)
-    steps: dict[str, Step] = {}
-    notes: dict[str, str] = {}
-    found: dict[str, dict[str, Statistics] | None] = {}
-    for variant in VARIANTS:
-        if variant.name not in {*args.variants, REFERENCE}:
-            continue
-        start = time.perf_counter()
-        try:
-            step = variant.build(setup)
-            found[variant.name] = warm_up(step, work)
-            log.info("%s: built and warm after %.1f s", variant.name, time.perf_counter() - start)
-        except (RuntimeError, MemoryError) as error:
-            if not variant.may_fail:
-                raise
-            notes[variant.name] = f"unrun: {' '.join(str(error).split())[:200]}"
-            continue
-        if variant.name in args.variants:
-            steps[variant.name] = step
-    check_equal({name: stats for name, stats in found.items() if stats is not None})
-    memory = {name: measure_memory(name, args, setup) for name in steps} if args.memory else {}
-    seconds = time_in_turns(steps, work, args.seed, setup.ranks.device)
-    constants = {**provenance(setup.ranks.device), **describe(args, setup, work)}
-    return [
-        result(variant, seconds, work)
-        | {"peak_mib": memory.get(variant.name), "note": notes.get(variant.name), **constants}
-        for variant in VARIANTS
-        if variant.name in args.variants
-    ]
-
-
-def warm_up(step: Step, work: Sequence[Work]) -> dict[str, Statistics] | None:
-    """Run the first micro-batches, ending with a whole optimizer step; returns the first one's statistics."""
-    first = step(Work(work[0].batch, ends_step=False))
-    for k in range(1, NUM_WARMUP):
-        step(Work(work[k % len(work)].batch, ends_step=k == NUM_WARMUP - 1))
-    return first
-
-
-def check_equal(found: Mapping[str, Mapping[str, Statistics]]) -> None:
-    """Raise AssertionError naming the first number in which two variants differ, so that it is not timed."""
-    for name, by_target in found.items():
-        for target, stats in by_target.items():
-            truth = found[REFERENCE][target]
-            largest = torch.maximum(truth.max.abs(), truth.min.abs())
-            # A sum may be 0 by theory (the LM head's): its error is that of the terms, bounded by the norm.
-            scales = {"sum": truth.norm(), "sumsq": truth.sumsq, "min": largest, "max": largest}
-            for field, scale in scales.items():
-                error = (getattr(stats, field) - getattr(truth, field)).abs()
-                assert bool((error <= TOLERANCE * scale).all()), (
-                    f"{name}: {field} of {target} is not that of {REFERENCE}: "
-                    f"relative difference {(error / scale).max().item():.3g}"
-                )
-            assert not stats.nonfinite.any(), f"{name}: {target} has non-finite gradients"
-
-
-def result(variant: Variant, seconds: Mapping[str, np.ndarray], work: Sequence[Work]) -> dict[str, object]:
-    """Speed of one variant over all micro-batches and its ratios to the base; None where it did not run."""
-    row: dict[str, object] = {"variant": variant.name, "computes": variant.computes}
-    own = seconds.get(variant.name)
-    total = None if own is None else float(own.sum())
-    row["samples_per_s"] = total and sum(w.num_samples for w in work) / total
-    row["tokens_per_s"] = total and sum(w.num_tokens for w in work) / total
-    spread = None if own is None else Spread.of(own, seconds[BASE])
-    for field in ("median", "p25", "p75", "min", "max"):
-        row[f"ratio_{field}"] = spread and getattr(spread, field)
-    return row
-
-
-def describe(args: argparse.Namespace, setup: Setup, work: Sequence[Work]) -> dict[str, object]:
-    """What was run on."""
-    model = load_model(setup.model_config, torch.float32, torch.device("cpu"))
-    return {
-        "model": Path(args.model).name if args.model else "random Llama",
-        "model_params": sum(p.numel() for p in model.parameters()),
-        "corpus": Path(args.data).name if args.data else "synthetic",
-        "global_batch": args.global_batch,
-        "batch_tokens": args.batch_tokens,
-        "num_batches": len(work),
-        "num_samples": sum(w.num_samples for w in work),
-        "num_tokens": sum(w.num_tokens for w in work),
-    }
-
-
-def measure_memory(name: str, args: argparse.Namespace, setup: Setup) -> float:
-    """Peak memory of one variant in MiB, in a process of its own."""
-    command = [sys.executable, __file__, "--memory-of", name, "--model", setup.model_folder]
-    command += ["--steps", str(args.steps), "--global-batch", str(args.global_batch)]
-    command += ["--batch-tokens", str(args.batch_tokens), "--threads", str(torch.get_num_threads())]
-    command += ["--seed", str(args.seed)] + ["--smoke"] * args.smoke
-    command += ["--data", args.data] if args.data else []
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return float(json.loads(done.stdout.splitlines()[-1])["peak_mib"])
-
-
-def peak_memory(variant: Variant, setup: Setup, args: argparse.Namespace) -> dict[str, float]:
-    """Build the variant and run a few micro-batches; everything after the imports counts."""
-    import deepspeed  # noqa: F401  # before the baseline is taken, whether the variant uses it or not
-
-    peak = PeakMemory(setup.ranks.device)
-    work = make_work(args, setup)
-    step = variant.build(setup)
-    warm_up(step, work)
-    return {"peak_mib": peak.mib()}
+    """Read the command line."""
+    return parse_trial(TRIAL, make_parser(TRIAL, __doc__), argv)
 
 
 if __name__ == "__main__":

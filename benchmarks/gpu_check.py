@@ -1,11 +1,12 @@
 """Everything that needs an NVIDIA GPU, in one command of at most nine minutes on a fresh machine.
 
-    python benchmarks/gpu_check.py                  compile, compare with float64, sanitizers, timings
+    python benchmarks/gpu_check.py                  compile, compare with float64, sanitizers, timings, steps
     python benchmarks/gpu_check.py --only checks    the comparisons alone
 
-Timings go to results/gpu_check_<device>.csv. Needs torch with CUDA and numpy; neither nvcc nor pytest nor an
-installed package. Without a GPU that the kernels run on it says so in one line and ends with code 2; with a
-failed check, with code 1.
+Timings of the kernels go to results/gpu_check_<device>.csv, those of whole training steps at 1B parameters
+to what bench_step.py writes. Needs torch with CUDA and numpy; neither nvcc nor pytest nor an installed
+package. The steps also need transformers and deepspeed, and are left out without. Without a GPU that the
+kernels run on it says so in one line and ends with code 2; with a failed check, with code 1.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -34,10 +36,13 @@ from report import commit, format_table, write_csv  # noqa: E402
 from grads_dist.stats import cuda_driver, nvrtc  # noqa: E402
 from grads_dist.stats.cuda_images import FILES, macros_of  # noqa: E402
 
-PHASES = ("compile", "checks", "sanitizers", "timings")
+PHASES = ("compile", "checks", "sanitizers", "timings", "steps")
 SECONDS = 540.0
 """For everything; timings that would begin later are left out, and said to be."""
 SANITIZER_SECONDS = 100.0
+STEP_SECONDS = 150.0
+"""What the timings of the kernels leave of that for the steps."""
+STEP_OPTIONS = ("--shape", "1b", "--lengths", "128,512,2048", "--repeats", "6", "--profile")
 SMALL, LARGE = (checks.EDGES, [0, 0, 3], [1] * 40), ([33, 0, 65, 5, 409], [2048])
 
 
@@ -67,10 +72,13 @@ def main() -> int:
     if "sanitizers" in phases:
         failed += sum(not sanitize(tool) for tool in ("memcheck", "racecheck"))
     if "timings" in phases:
-        rows = [row | provenance(device) for row in gpu_timing.measure(device, deadline)]
+        end = deadline - STEP_SECONDS * ("steps" in phases)
+        rows = [row | provenance(device) for row in gpu_timing.measure(device, end)]
         print(format_table(gpu_timing.TABLE, rows))
         name = re.sub(r"\W+", "_", torch.cuda.get_device_name(device)).strip("_").lower()
         write_csv(args.out / f"gpu_check_{name}.csv", (*gpu_timing.COLUMNS, *provenance(device)), rows)
+    if "steps" in phases:
+        failed += not time_steps(deadline, args.out)
     print(f"gpu_check: {failed} failed" if failed else "gpu_check: all passed")
     return 1 if failed else 0
 
@@ -180,6 +188,32 @@ def sanitize(tool: str) -> bool:
     print(f"{'ok   ' if done.returncode == 0 else 'FAIL '} {tool}", flush=True)
     if done.returncode:
         print(done.stdout[-4000:], done.stderr[-2000:])
+    return done.returncode == 0
+
+
+def time_steps(deadline: float, out: Path) -> bool:
+    """Run bench_step.py in a process of its own, as far as the time goes; false when it failed."""
+    absent = [name for name in ("transformers", "deepspeed", "accelerate") if find_spec(name) is None]
+    left = deadline - time.monotonic()
+    if absent or left < STEP_SECONDS / 2:
+        print(f"skip  steps: {'no ' + absent[0] if absent else f'{max(0, left):.0f} s are left'}")
+        return True
+    # A length that is begun takes some seconds.
+    command = [sys.executable, str(ROOT / "benchmarks" / "bench_step.py"), *STEP_OPTIONS]
+    command += ["--seconds", f"{left - STEP_SECONDS / 3:.0f}", "--out", str(out)]
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    torch.cuda.empty_cache()
+    try:
+        done = subprocess.run(
+            command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=left
+        )
+    except subprocess.TimeoutExpired:
+        print(f"skip  steps: not done after {left:.0f} s")
+        return True
+    print(done.stdout, flush=True)
+    print(f"{'ok   ' if done.returncode == 0 else 'FAIL '} steps", flush=True)
+    if done.returncode:
+        print(done.stderr[-4000:])
     return done.returncode == 0
 
 

@@ -17,9 +17,16 @@ T = TypeVar("T")
 
 
 def time_in_turns(
-    steps: Mapping[str, Callable[[T], object]], batches: Sequence[T], seed: int, device: torch.device
+    steps: Mapping[str, Callable[[T], object]],
+    batches: Sequence[T],
+    seed: int,
+    device: torch.device,
+    before: Callable[[str], None] = lambda name: None,
 ) -> dict[str, np.ndarray]:
-    """Seconds of every step on every batch [len(batches)]; on each batch all run, in an order drawn anew."""
+    """Seconds of every step on every batch [len(batches)]; on each batch all run, in an order drawn anew.
+
+    before: called with a step's name before each time that it runs, and not timed.
+    """
     rng = random.Random(seed)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
@@ -27,6 +34,7 @@ def time_in_turns(
     for batch in batches:
         rng.shuffle(names)
         for name in names:
+            before(name)
             synchronise(device)
             start = time.perf_counter()
             steps[name](batch)

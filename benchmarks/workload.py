@@ -77,6 +77,14 @@ class SyntheticRows:
             masks.append(np.arange(length) >= length - answer)
         return cls(ids, masks)
 
+    @classmethod
+    def of_length(cls, count: int, length: int, vocab: int, seed: int) -> SyntheticRows:
+        """Rows of one length, of which every token but the first carries loss."""
+        rng = np.random.default_rng(seed)
+        frequency = 1 / (np.arange(1, vocab) + 2.7)
+        ids = rng.choice(np.arange(1, vocab), (count, length), p=frequency / frequency.sum())
+        return cls(list(ids), [np.arange(length) >= 1] * count)
+
     def tokens(self, i: int) -> np.ndarray:
         """Token ids of row i."""
         return self.ids[i]

@@ -1,4 +1,4 @@
-"""The benchmark of the probe runs at toy size and refuses wrong numbers. No timing is asserted."""
+"""The benchmarks of the probe run at toy size and refuse wrong numbers. No timing is asserted."""
 
 from __future__ import annotations
 
@@ -40,8 +40,15 @@ def bench(monkeypatch):
     return bench_probe
 
 
-def read(folder: Path) -> dict[str, dict[str, str]]:
-    with (folder / "bench_probe_smoke.csv").open(encoding="utf-8", newline="") as file:
+@pytest.fixture
+def trial(bench):
+    import trial
+
+    return trial
+
+
+def read(folder: Path, name: str = "bench_probe") -> dict[str, dict[str, str]]:
+    with (folder / f"{name}_smoke.csv").open(encoding="utf-8", newline="") as file:
         return {row["variant"]: row for row in csv.DictReader(file)}
 
 
@@ -81,17 +88,45 @@ def statistics(count: int = 3) -> Statistics:
 
 
 @pytest.mark.parametrize("field", ["sum", "sumsq", "min", "max", "nonfinite"])
-def test_wrong_numbers_are_refused(bench, field):
+def test_wrong_numbers_are_refused(trial, field):
     truth = statistics()
-    bench.check_equal({"loop-linear": {"lm_head": truth}, "probed": {"lm_head": statistics()}})
+    trial.check_equal(
+        {"loop-linear": {"lm_head": truth}, "probed": {"lm_head": statistics()}}, "loop-linear", 1e-4, {}
+    )
     wrong = getattr(truth, field).clone()
     wrong[1] += 1
     faulty = {"loop-linear": {"lm_head": truth}, "probed": {"lm_head": replace(truth, **{field: wrong})}}
     with pytest.raises(AssertionError, match="probed"):
-        bench.check_equal(faulty)
+        trial.check_equal(faulty, "loop-linear", 1e-4, {})
+
+
+def test_what_a_rival_does_not_give_is_not_compared(trial):
+    norms = replace(statistics(), sum=torch.full((3,), torch.nan))
+    found = {"loop": {"lm_head": statistics()}, "ghost": {"lm_head": norms}}
+    trial.check_equal(found, "loop", 1e-4, {"ghost": ["sumsq"]})
+    with pytest.raises(AssertionError, match="ghost: sum of lm_head"):
+        trial.check_equal(found, "loop", 1e-4, {})
 
 
 def test_unknown_variant_is_refused(bench, capsys):
     with pytest.raises(SystemExit):
         bench.parse(["--variants", "plain,sloop"])
     assert "'sloop' is not known" in capsys.readouterr().err
+
+
+def test_neighbours_run_and_say_what_they_compute(tmp_path, bench, monkeypatch):
+    import bench_neighbours
+
+    # As where they are not installed, whatever this environment has.
+    monkeypatch.setitem(sys.modules, "opacus.grad_sample", None)
+    monkeypatch.setitem(sys.modules, "bergson.collector.collector", None)
+    bench_neighbours.main(["--smoke", "--out", str(tmp_path)])
+    rows = read(tmp_path, "bench_neighbours")
+    assert set(rows) == {variant.name for variant in bench_neighbours.VARIANTS}
+    rivals = {name for name in rows if name.startswith(("opacus", "bergson"))}
+    for name, row in rows.items():
+        assert row["computes"]
+        if name in rivals:
+            assert row["note"].startswith("unrun: ") and row["ratio_median"] == ""
+        else:
+            assert row["note"] == "" and float(row["ratio_median"]) > 0
