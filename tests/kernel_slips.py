@@ -27,6 +27,8 @@ SLIPS = {
         "next sample starts from this one's tile": ("    clear(acc);\n    computing", "    computing"),
         "left fragment by the right one's layout": ("at.lane % 8 + at.lane / 16 * 8", "at.lane % 16"),
         "warps share a slot": (" * kWarps + at.warp;", " * kWarps;"),
+    },
+    ("outer_product.cuh", "check_outer"): {
         "last group of tile rows": ("inside % rows", "inside % kGroup"),
         "lanes joined incompletely": ("int distance = 8; distance", "int distance = 4; distance"),
     },
@@ -34,11 +36,11 @@ SLIPS = {
         "row mask": ("at.row(i, e) < q.num_b_cols", "at.row(i, e) <= q.num_b_cols"),
         "column mask": ("at.col(j, e) < q.num_a_cols", "at.col(j, e) <= q.num_a_cols"),
     },
-    ("outer_product.cu", "check_outer_nonfinite"): {
+    ("outer_product.cuh", "check_outer_nonfinite"): {
         "NaN dropped": ("mine.high = larger(mine.high, x)", "mine.high = fmaxf(mine.high, x)"),
         "never recounted": ("if (!is_finite(all.sumsq) ||", "if ("),
     },
-    ("outer_product.cu", "check_outer_scales"): {
+    ("outer_product.cuh", "check_outer_scales"): {
         "small squares lost": ("largest < 1e-15f", "largest < 0.0f"),
     },
     ("outer_product.cu", "check_total"): {

@@ -215,7 +215,7 @@ def test_nvrtc_is_looked_for_in_cuda_home(tmp_path, monkeypatch):
 
 
 def test_the_sources_ship_with_the_package():
-    assert set(nvrtc.source_texts()) == {*FILES, "primitives.cuh", "statistics.cuh"}
+    assert set(nvrtc.source_texts()) == {*FILES, "primitives.cuh", "statistics.cuh", "outer_product.cuh"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
