@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from grads_dist.stats.cuda_images import OUTER_SM90, AnyTile, macros_of
@@ -121,6 +122,7 @@ def passes(check: Callable[[], None], seconds: int = 30) -> bool:
     child = os.fork()
     if child == 0:
         signal.alarm(seconds)
+        torch.set_num_threads(1)  # the parent's are not in the child, which would wait for them
         status = 1
         try:
             check()
