@@ -70,10 +70,6 @@ SLIPS = {
             "    if (ends_within_a_step(rows)) {",
         ),
         "rows are not cleared": ("if (ends_within_a_step(rows)) {", "if (false) {"),
-        "rows are cleared on one side": (
-            "box < Config<kTotal>::kBoxes;",
-            "box < Config<kTotal>::kBoxesM;",
-        ),
         "one row too few is cleared": (
             "(kStep - rows % kStep) * kTokenBytes",
             "(kStep - 1 - rows % kStep) * kTokenBytes",
@@ -90,8 +86,8 @@ SLIPS = {
         ),
         "the tile is read with its products under way": ("wait_for_products<0>()", "wait_for_products<1>()"),
         "the last full slice is never released": (
-            "  if (token > begin && lane == 0) arrive(previous);\n",
-            "",
+            "  pin(acc);\n  if (token > begin && lane == 0) arrive(previous);\n",
+            "  pin(acc);\n",
         ),
         "the last slice is never released": ("  if (lane == 0) arrive(stage.empty());\n", ""),
         "groups of 8 tokens at a wrong distance": ("(kSwizzlePeriod / 16) << 32", "(kBox / 16) << 32"),
@@ -115,6 +111,13 @@ SLIPS = {
     ("outer_product_sm90.cu", "check_outer_masks"): {
         "row mask on Hopper": ("at.row_of(i) < q.num_b_cols", "at.row_of(i) <= q.num_b_cols"),
         "column mask on Hopper": ("at.col_of(i) < q.num_a_cols", "at.col_of(i) <= q.num_a_cols"),
+    },
+    ("outer_product_sm90.cu", "check_outer_nonfinite"): {
+        "rows are cleared on the left alone": (
+            "box < Config<kTotal>::kBoxes;",
+            "box < Config<kTotal>::kBoxesM;",
+        ),
+        "rows are cleared on the right alone": ("int box = 0;", "int box = Config<kTotal>::kBoxesM;"),
     },
     ("outer_product_sm90.cu", "check_total"): {
         "weights ignored on Hopper": ("fmaf(weight, ", "fmaf(1.0f, "),

@@ -68,6 +68,9 @@ inline void wait_for_phase(u32 barrier, u32 parity) {
 
 inline void prefetch_map(const TensorMap*) {}
 
+// Boxes and operands begin where the swizzle's pattern does (descriptors have a field for where they do not).
+constexpr u32 kSwizzlePattern = 1024;
+
 // The 128-byte swizzle, of addresses: the chunk of 16 bytes (bits 4 to 6) xor the row of 128 bytes (bits 7 to 9).
 inline u32 swizzled_address(u32 address) { return address ^ (address >> 7 & 7) << 4; }
 
@@ -82,7 +85,7 @@ inline void copy_box(u32 to, const EmulatedTensorMap& map, int col, int row) {
 }
 
 inline void copy_box_async(u32 to, const TensorMap* map, u32 barrier, int col, int row) {
-  if (to % 128) emulator::block.fault = emulator::kMisaligned;
+  if (to % kSwizzlePattern) emulator::block.fault = emulator::kMisaligned;
   EmulatedTensorMap what;
   memcpy(&what, map, sizeof what);
   emulator::PhaseBarrier& b = phase_barrier(barrier);
@@ -102,7 +105,9 @@ inline void store_zeros_16(u32 to) {
   emulator::current_fiber().stores.push_back([to] { memset(at_shared_address(to), 0, 16); });
 }
 
+// A lane may come late, as nothing but a barrier holds a warp together.
 inline void publish_stores() {
+  for (int turns = emulator::block.random.below(4) ? 0 : 64; turns > 0; turns--) emulator::fall_behind();
   auto& stores = emulator::current_fiber().stores;
   for (const auto& store : stores) store();
   stores.clear();
@@ -137,7 +142,7 @@ struct Operand {
       : start((descriptor & 0x3fff) << 4), leading((descriptor >> 16 & 0x3fff) << 4),
         stride((descriptor >> 32 & 0x3fff) << 4) {
     const u64 rest = descriptor & ~0x00003fff3fff3fffull;
-    if (rest != 1ull << 62) emulator::block.fault = emulator::kBadOperand;
+    if (rest != 1ull << 62 || start % kSwizzlePattern) emulator::block.fault = emulator::kBadOperand;
   }
 
   template <class Input>

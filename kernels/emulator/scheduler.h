@@ -109,6 +109,12 @@ inline Fiber& current_fiber() { return block.fibers[block.current]; }
 
 inline void give_way() { emulator_switch(&current_fiber().stack_pointer, block.scheduler_stack_pointer); }
 
+// Lets others go first, for a turn.
+inline void fall_behind() {
+  block.progress++;
+  give_way();
+}
+
 inline void wait_at(Barrier& barrier, int count) {
   const int generation = barrier.generation;
   if (++barrier.arrived == count) {
