@@ -25,6 +25,7 @@ constexpr u32 kTokenBytes = kBoxCols * 2, kBox = kDepth * kTokenBytes;
 constexpr u32 kSwizzlePeriod = 1024;
 constexpr int kRegistersToMultiply = 232, kRegistersToCopy = 40;
 static_assert(256 * kRegistersToMultiply + 128 * kRegistersToCopy <= 65536, "what a multiprocessor has");
+static_assert(kDepth % kStep == 0 && kDepth <= 4 * kStep, "a ragged end is written out for 1 to 4 steps");
 static_assert(kTokenBytes == 128 && kBox % kSwizzlePeriod == 0, "8 tokens of 128 bytes are a swizzle's period");
 
 // With a batch gradient a lane has two sets of accumulators, so its tile is narrower.

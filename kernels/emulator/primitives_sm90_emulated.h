@@ -79,7 +79,8 @@ inline void copy_box(u32 to, const EmulatedTensorMap& map, int col, int row) {
     for (u32 c = 0; c < map.box_cols; c++) {
       const u64 from_row = static_cast<u64>(row) + r, from_col = static_cast<u64>(col) + c;
       u16 value = 0;
-      if (from_row < map.rows && from_col < map.cols) memcpy(&value, map.base + from_row * map.row_bytes + from_col * 2, 2);
+      if (from_row < map.rows && from_col < map.cols)
+        memcpy(&value, map.base + from_row * map.row_bytes + from_col * 2, 2);
       memcpy(at_shared_address(swizzled_address(to + r * 128 + c * 2)), &value, 2);
     }
 }
@@ -160,7 +161,8 @@ template <class Input, int kCols>
 struct Product {
   static void start(float (&c)[kCols / 2], u64 left_side, u64 right_side, bool add) {
     float* acc = c;
-    emulator::current_fiber().open_products.push_back([=] { multiply(acc, Operand(left_side), Operand(right_side), add); });
+    emulator::current_fiber().open_products.push_back(
+        [=] { multiply(acc, Operand(left_side), Operand(right_side), add); });
   }
 
   static void multiply(float* c, const Operand& left, const Operand& right, bool add) {
