@@ -19,6 +19,7 @@ from torch import Tensor
 
 from grads_dist.stats import cuda, cuda_head, cuda_launch, cuda_rows
 from grads_dist.stats.cuda_driver import DeviceLauncher
+from grads_dist.stats.cuda_launch import Launcher
 from grads_dist.stats.cuda_tile import Tile
 from grads_dist.stats.head_pass import HeadPass
 from grads_dist.stats.head_request import HeadRequest, HeadResult, LogitTransform
@@ -133,12 +134,25 @@ def blank(labels: dict[str, object], variant: str, note: str) -> dict[str, objec
 def outer_product_variants(
     device: torch.device, shape: tuple[int, int], lengths: list[int]
 ) -> dict[str, Variant]:
-    """The kernel alone and with the batch gradient, against the weight gradient and two ways in torch."""
+    """The kernel alone and with the batch gradient, against the weight gradient and three other ways.
+
+    On Hopper the kernels by mma.sync run beside those for sm_90a. The ratio of two variants' times is that of
+    their rates, upside down.
+    """
     rows = sum(lengths)
     b, a = (torch.randn(rows, n, device=device, dtype=torch.bfloat16) for n in shape)
     total, scratch = (torch.zeros(shape, device=device, dtype=t) for t in (torch.float32, torch.bfloat16))
     weights, pairs = [1.0] * len(lengths), list(zip(b.split(lengths), a.split(lengths), strict=True))
     flops = 2.0 * rows * shape[0] * shape[1]
+    each_row = cuda_rows.RowRuns(
+        None, torch.arange(shape[0] + 1, device=device), torch.tensor([0, shape[0]], device=device)
+    )
+
+    def statistics() -> None:
+        cuda.outer_product_stats(b, a, lengths)
+
+    def with_gradient() -> None:
+        cuda.outer_product_stats(b, a, lengths, total, weights)
 
     def one_by_one() -> None:
         for b_s, a_s in pairs:
@@ -146,30 +160,44 @@ def outer_product_variants(
             torch.aminmax(scratch)
             torch.linalg.vector_norm(scratch, dtype=torch.float32)
 
+    def one_pass() -> None:
+        for b_s, a_s in pairs:
+            torch.mm(b_s.t(), a_s, out=scratch)
+            cuda_rows.row_run_stats(scratch, each_row)
+
     def batched() -> None:
         g = torch.bmm(b.view(len(lengths), -1, shape[0]).transpose(1, 2), a.view(len(lengths), -1, shape[1]))
         reduce_gradients(g)
 
-    wide = wide_launcher(device)
     runs: dict[str, Run] = {
         "weight gradient": lambda: torch.mm(b.t(), a, out=scratch),
-        "statistics": lambda: cuda.outer_product_stats(b, a, lengths),
-        "statistics, tile of 128 x 256": with_launcher(wide, lambda: cuda.outer_product_stats(b, a, lengths)),
-        "statistics and batch gradient": lambda: cuda.outer_product_stats(b, a, lengths, total, weights),
+        "statistics": statistics,
+        "statistics and batch gradient": with_gradient,
+        "statistics, tile of 128 x 256": with_launcher(wide_launcher(device), statistics),
         "a product a sample, then reductions": one_by_one,
+        "a product a sample, then one reduction": one_pass,
     }
+    if cuda_launch.launcher_for(device).hopper is not None:
+        runs["statistics, mma.sync"] = with_launcher(mma_launcher(device), statistics)
+        runs["statistics and batch gradient, mma.sync"] = with_launcher(mma_launcher(device), with_gradient)
     if len(set(lengths)) == 1:
         runs["bmm, then reductions"] = batched
     return {name: Variant(run, flops=flops) for name, run in runs.items()}
 
 
 @functools.cache
+def mma_launcher(device: torch.device) -> DeviceLauncher:
+    """The kernels by mma.sync, whatever the device."""
+    return DeviceLauncher(device, cuda_launch.launcher_for(device).tile)
+
+
+@functools.cache
 def wide_launcher(device: torch.device) -> DeviceLauncher:
-    """The kernels with a tile that reads a quarter less from the second-level cache, one block an SM."""
+    """Those with a tile that reads a quarter less from the second-level cache, one block an SM."""
     return DeviceLauncher(device, Tile(cols=256, stages=3, blocks_per_multiprocessor=1))
 
 
-def with_launcher(launcher: DeviceLauncher, run: Run) -> Run:
+def with_launcher(launcher: Launcher, run: Run) -> Run:
     """`run` with the kernels of another launcher."""
 
     def swapped() -> None:

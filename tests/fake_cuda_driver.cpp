@@ -5,6 +5,8 @@
 #include <map>
 #include <vector>
 
+#include "tensor_map.h"
+
 namespace {
 enum { kOk = 0, kInvalidValue = 1, kInvalidContext = 201, kFileNotFound = 301, kNotFound = 500, kLaunchFailed = 719 };
 int primary_context;
@@ -74,6 +76,13 @@ int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned gr
   last_stream = stream;
   num_launches++;
   return emulate(function, params[0], grid_x, grid_y, x, shared_bytes, 1) == 0 ? kOk : kLaunchFailed;
+}
+
+int cuTensorMapEncodeTiled(void* map, int type, unsigned rank, void* base, const uint64_t* sizes,
+                           const uint64_t* strides, const unsigned* box, const unsigned* element_strides,
+                           int interleave, int swizzle, int l2_promotion, int fill) {
+  return encode_tensor_map(map, type, rank, base, sizes, strides, box, element_strides, interleave, swizzle,
+                           l2_promotion, fill);
 }
 
 int cuGetErrorName(int error, const char** name) {

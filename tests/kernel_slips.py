@@ -27,6 +27,8 @@ SLIPS = {
         "next sample starts from this one's tile": ("    clear(acc);\n    computing", "    computing"),
         "left fragment by the right one's layout": ("at.lane % 8 + at.lane / 16 * 8", "at.lane % 16"),
         "warps share a slot": (" * kWarps + at.warp;", " * kWarps;"),
+    },
+    ("outer_product.cuh", "check_outer"): {
         "last group of tile rows": ("inside % rows", "inside % kGroup"),
         "lanes joined incompletely": ("int distance = 8; distance", "int distance = 4; distance"),
     },
@@ -34,16 +36,91 @@ SLIPS = {
         "row mask": ("at.row(i, e) < q.num_b_cols", "at.row(i, e) <= q.num_b_cols"),
         "column mask": ("at.col(j, e) < q.num_a_cols", "at.col(j, e) <= q.num_a_cols"),
     },
-    ("outer_product.cu", "check_outer_nonfinite"): {
+    ("outer_product.cuh", "check_outer_nonfinite"): {
         "NaN dropped": ("mine.high = larger(mine.high, x)", "mine.high = fmaxf(mine.high, x)"),
         "never recounted": ("if (!is_finite(all.sumsq) ||", "if ("),
     },
-    ("outer_product.cu", "check_outer_scales"): {
+    ("outer_product.cuh", "check_outer_scales"): {
         "small squares lost": ("largest < 1e-15f", "largest < 0.0f"),
     },
     ("outer_product.cu", "check_total"): {
         "weights ignored": ("fmaf(weight, ", "fmaf(1.0f, "),
         "total overwritten": ("+ at.col(j, e)] += x", "+ at.col(j, e)] = x"),
+    },
+    ("outer_product_sm90.cu", "check_outer"): {
+        "copies do not wait for the stage": ("    wait_for_phase(stage.empty(), stage.parity ^ 1);\n", ""),
+        "copies wait for the wrong parity": (
+            "stage.empty(), stage.parity ^ 1",
+            "stage.empty(), stage.parity",
+        ),
+        "bytes of one box missing": (
+            "arrive_and_expect(stage.full(), Config<kTotal>::kStageBytes)",
+            "arrive_and_expect(stage.full(), Config<kTotal>::kStageBytes - kBox)",
+        ),
+        "products do not wait for full slices": (
+            "    wait_for_phase(stage.full(), stage.parity);\n    multiply_steps",
+            "    multiply_steps",
+        ),
+        "products do not wait for cleared rows": (
+            "    if (ends_within_a_step(rows)) wait_for_phase(stage.cleared(), stage.parity);\n",
+            "",
+        ),
+        "rows are cleared before they have arrived": (
+            "    wait_for_phase(stage.full(), stage.parity);\n    if (ends_within_a_step(rows)) {",
+            "    if (ends_within_a_step(rows)) {",
+        ),
+        "rows are not cleared": ("if (ends_within_a_step(rows)) {", "if (false) {"),
+        "one row too few is cleared": (
+            "(kStep - rows % kStep) * kTokenBytes",
+            "(kStep - 1 - rows % kStep) * kTokenBytes",
+        ),
+        "cleared rows are not published": ("      publish_stores();\n", ""),
+        "lanes do not wait for each other's stores": ("      synchronize_warp();\n", ""),
+        "clearing does not count towards an empty stage": (
+            "      arrive(stage.empty());\n    }\n",
+            "    }\n",
+        ),
+        "a stage is released with its products under way": (
+            "wait_for_products<1>()",
+            "wait_for_products<2>()",
+        ),
+        "the tile is read with its products under way": ("wait_for_products<0>()", "wait_for_products<1>()"),
+        "the last full slice is never released": (
+            "  pin(acc);\n  if (token > begin && lane == 0) arrive(previous);\n",
+            "  pin(acc);\n",
+        ),
+        "the last slice is never released": ("  if (lane == 0) arrive(stage.empty());\n", ""),
+        "groups of 8 tokens at a wrong distance": ("(kSwizzlePeriod / 16) << 32", "(kBox / 16) << 32"),
+        "boxes at a wrong distance": ("(kBox / 16) << 16", "(kSwizzlePeriod / 16) << 16"),
+        "operands not swizzled": ("kSwizzle128 = 1ull << 62", "kSwizzle128 = 0ull << 62"),
+        "ring not on the swizzle's period": (
+            "(shared_address(memory) + kSwizzlePeriod - 1) / kSwizzlePeriod * kSwizzlePeriod",
+            "shared_address(memory)",
+        ),
+        "a stage more than there is room for": ("if (++index < Config", "if (++index <= Config"),
+        "parity never turns": ("    parity ^= 1;\n", ""),
+        "steps at a wrong distance": (
+            "left + k * kStep * kTokenBytes / 16",
+            "left + k * kStep * kTokenBytes / 8",
+        ),
+        "next sample starts from this one's tile": ("add || k > 0", "true"),
+        "a step of the next sample": ("rows > 2 * kStep", "rows > kStep / 2"),
+        "second warpgroup takes the first one's rows": ("stage.box(warpgroup)", "stage.box(0)"),
+        "warps share a slot": (" * kMultiplyingWarps + warp;", " * kMultiplyingWarps;"),
+    },
+    ("outer_product_sm90.cu", "check_outer_masks"): {
+        "row mask on Hopper": ("at.row_of(i) < q.num_b_cols", "at.row_of(i) <= q.num_b_cols"),
+        "column mask on Hopper": ("at.col_of(i) < q.num_a_cols", "at.col_of(i) <= q.num_a_cols"),
+    },
+    ("outer_product_sm90.cu", "check_outer_nonfinite"): {
+        "rows are cleared on the left alone": (
+            "box < Config<kTotal>::kBoxes;",
+            "box < Config<kTotal>::kBoxesM;",
+        ),
+        "rows are cleared on the right alone": ("int box = 0;", "int box = Config<kTotal>::kBoxesM;"),
+    },
+    ("outer_product_sm90.cu", "check_total"): {
+        "weights ignored on Hopper": ("fmaf(weight, ", "fmaf(1.0f, "),
     },
     ("statistics.cuh", "check_outer"): {
         "tree stops early": ("half > 0", "half > 1"),

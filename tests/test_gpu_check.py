@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_emulator import EmulatedLauncher, missing
+from kernel_emulator import SMALL_HOPPER, EmulatedLauncher, missing
 
 from grads_dist.stats import backend, cuda_launch
 
@@ -109,7 +109,10 @@ def test_cases_past_the_deadline_are_named(gpu_timing):
 
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))
 def test_what_is_timed_runs(gpu_timing, emulated, monkeypatch):
-    monkeypatch.setattr(gpu_timing, "wide_launcher", lambda _: emulated)
+    for name in ("mma_launcher", "wide_launcher"):
+        monkeypatch.setattr(gpu_timing, name, lambda _: emulated)
+    hopper = emulated.with_hopper(SMALL_HOPPER)
+    monkeypatch.setattr(cuda_launch, "launcher_for", lambda _: hopper)
     monkeypatch.setattr(gpu_timing, "WARM_UP", 1)
     device = torch.device("cpu")
     found = {
@@ -122,5 +125,5 @@ def test_what_is_timed_runs(gpu_timing, emulated, monkeypatch):
             "head pass": gpu_timing.head_pass_variants(device, [5, 3], 40, 12),
         }.items()
     }
-    assert [len(rows) for rows in found.values()] == [6, 5, 5, 4, 3]
+    assert [len(rows) for rows in found.values()] == [9, 8, 5, 4, 3]
     assert all(row["note"] is None for rows in found.values() for row in rows)

@@ -1,4 +1,4 @@
-"""Statistics of outer products by CUDA kernels (kernels/cuda/outer_product.cu).
+"""Statistics of outer products by CUDA kernels (kernels/cuda/outer_product.cu, outer_product_sm90.cu).
 
 The work is queued on the current stream, and nothing waits for it. Results lie on the inputs' device; squares
 beyond float32 and non-finite elements are dealt with in the kernels.
@@ -14,17 +14,10 @@ import torch
 from torch import Tensor
 
 from grads_dist.stats import cuda_launch
-from grads_dist.stats.cuda_launch import (
-    SUFFIXES,
-    Results,
-    address,
-    empty_partials,
-    offsets_tensor,
-    on_16_bytes,
-)
-from grads_dist.stats.cuda_params import OuterProductParams
+from grads_dist.stats.cuda_launch import Results, empty_partials, offsets_tensor, on_16_bytes
+from grads_dist.stats.cuda_outer import Operands, first_stage
 from grads_dist.stats.cuda_rows import row_sums
-from grads_dist.stats.cuda_tile import PARTIAL_BYTES, grid_for
+from grads_dist.stats.cuda_tile import PARTIAL_BYTES
 from grads_dist.stats.statistics import Statistics
 from grads_dist.stats.tensors import to_device
 
@@ -57,35 +50,15 @@ def outer_product_stats(
     offsets, num_samples = offsets_tensor(lengths, b.device), len(lengths)
     factors = to_device(weights or [1.0] * num_samples, torch.float32, b.device)
     results = Results(num_samples, b.device)
-    shape = (b.shape[1], a.shape[1])
-    slots = grid_for(launcher.tile, shape, 1, 1, True).partials_per_sample
+    stage = first_stage(launcher, Operands(b, a, offsets, total_PD, factors))
+    slots = stage.grid(1).partials_per_sample
     per_launch = max(1, PARTIALS_LIMIT // (slots * PARTIAL_BYTES))
     partials = empty_partials(min(per_launch, num_samples) * slots, b.device)
     # The sum needs no product: sum_t (sum_j b_tj) (sum_k a_tk).
     sums = row_sums(b_NP)[0], row_sums(a_ND)[0]
     for first in range(0, num_samples, per_launch):
         count = min(per_launch, num_samples - first)
-        grid = grid_for(launcher.tile, shape, count, launcher.num_multiprocessors, total_PD is not None)
-        params = OuterProductParams(
-            b=address(b),
-            a=address(a),
-            ldb=b.stride(0),
-            lda=a.stride(0),
-            offsets=address(offsets[first:]),
-            partials=address(partials),
-            total=address(total_PD),
-            ld_total=0 if total_PD is None else total_PD.stride(0),
-            weights=address(factors[first:]),
-            num_b_cols=shape[0],
-            num_a_cols=shape[1],
-            num_samples=count,
-            samples_per_block=grid.samples_per_block,
-            tiles_m=grid.tiles_m,
-            tiles_n=grid.tiles_n,
-        )
-        kernel = f"outer_product_stats{'' if total_PD is None else '_total'}_{SUFFIXES[b.dtype]}"
-        tile = launcher.tile
-        launcher.launch("outer_product.cu", kernel, params, grid.blocks, tile.threads, tile.shared_bytes)
+        stage.launch(partials, first, count)
         now = range(first, first + count)
         results.join(launcher, partials, now, slots=slots, offsets=offsets, factors=sums)
     return results.statistics()

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from grads_dist.errors import GradsDistError
-from grads_dist.stats.cuda_images import PREBUILT, find_image
-from grads_dist.stats.cuda_tile import Tile, tile_for
-from grads_dist.stats.nvrtc import find_nvrtc
+from grads_dist.stats.cuda_images import OUTER_SM90, PREBUILT, find_image
+from grads_dist.stats.cuda_tensor_map import encode_tensor_map
+from grads_dist.stats.cuda_tile import HopperTile, Tile, tile_for
+from grads_dist.stats.nvrtc import KernelCompileError, find_nvrtc
+
+logger = logging.getLogger(__name__)
 
 LIBRARY = "libcuda.so.1"
 """The driver's name for the linker."""
@@ -43,7 +48,8 @@ class Driver:
 class DeviceLauncher:
     """Launches kernels on one device. Kernel files are compiled and loaded when first used.
 
-    `tile` is that of the outer products, by default the one for the device.
+    `tile` is that of the outer products by mma.sync, by default the one for the device. Where one is named
+    those are used on Hopper, too.
     """
 
     def __init__(self, device: torch.device, tile: Tile | None = None) -> None:
@@ -52,6 +58,7 @@ class DeviceLauncher:
         self.num_multiprocessors: int = properties.multi_processor_count
         self.tile = tile or tile_for(properties.shared_memory_per_multiprocessor)
         self._capability = (properties.major, properties.minor)
+        self._may_use_sm90a = tile is None and self._capability == (9, 0)
         self._driver = Driver()
         self._context = ctypes.c_void_p()
         number = ctypes.c_int()
@@ -61,6 +68,25 @@ class DeviceLauncher:
         self._driver.call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), number)
         self._modules: dict[str, ctypes.c_void_p] = {}
         self._functions: dict[tuple[str, int], ctypes.c_void_p] = {}
+
+    @functools.cached_property
+    def hopper(self) -> HopperTile | None:
+        """The tile of the outer products for sm_90a; None where they do not run or cannot be compiled."""
+        if not self._may_use_sm90a:
+            return None
+        try:
+            with self._in_context():
+                self._module(OUTER_SM90)
+        except KernelCompileError as error:
+            logger.warning("%s; outer_product.cu is used instead", error)
+            return None
+        return HopperTile()
+
+    def tensor_map(self, x_NC: Tensor, box_rows: int) -> bytes:
+        """What the copy engine needs to know of a matrix (cuda_tensor_map.encode_tensor_map)."""
+        return encode_tensor_map(
+            lambda *arguments: self._driver.call("cuTensorMapEncodeTiled", *arguments), x_NC, box_rows
+        )
 
     def launch(
         self,
@@ -103,7 +129,8 @@ class DeviceLauncher:
 
     def _module(self, file: str) -> ctypes.c_void_p:
         if file not in self._modules:
-            image = find_image(file, self._capability, self.tile)
+            tile = HopperTile() if file == OUTER_SM90 else self.tile
+            image = find_image(file, self._capability, tile)
             module = ctypes.c_void_p()
             self._driver.call("cuModuleLoadData", ctypes.byref(module), image)
             self._modules[file] = module

@@ -14,24 +14,36 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grads_dist.stats import nvrtc
-from grads_dist.stats.cuda_tile import Tile
+from grads_dist.stats.cuda_tile import HopperTile, Tile
 
 logger = logging.getLogger(__name__)
 
-FILES = ("outer_product.cu", "statistics.cu", "rows.cu", "head.cu")
+OUTER, OUTER_SM90 = "outer_product.cu", "outer_product_sm90.cu"
+FILES = (OUTER, OUTER_SM90, "statistics.cu", "rows.cu", "head.cu")
 """What is compiled, each to an image of its own."""
 PREBUILT = Path(__file__).parent.parent / "_cubins"
 """Where an installation that was built with nvcc has its images."""
-PREBUILT_TILES = (Tile(), Tile(stages=3))
-"""The tiles that devices get (cuda_tile.tile_for)."""
+AnyTile = Tile | HopperTile
+TILES: dict[str, tuple[AnyTile, ...]] = {OUTER: (Tile(), Tile(stages=3)), OUTER_SM90: (HopperTile(),)}
+"""The tiles that devices get (cuda_tile.tile_for); only the outer products have any."""
 
 
-def macros_of(file: str, tile: Tile) -> dict[str, int]:
-    """What a file is compiled with; only the outer products have a tile."""
-    return tile.macros() if file == "outer_product.cu" else {}
+def macros_of(file: str, tile: AnyTile) -> dict[str, int]:
+    """What a file is compiled with."""
+    return tile.macros() if file in TILES else {}
 
 
-def image_name(file: str, architecture: str, tile: Tile, compiler: str) -> str:
+def compiled_for(file: str, architecture: str) -> str | None:
+    """What a file is compiled for to run on `architecture` (sm_80, compute_90, ...); None where it does not.
+
+    Only a file for sm_90a differs: no other device runs its instructions, not even a newer one.
+    """
+    if file != OUTER_SM90:
+        return architecture
+    return "sm_90a" if architecture in ("sm_90", "sm_90a") else None
+
+
+def image_name(file: str, architecture: str, tile: AnyTile, compiler: str) -> str:
     """Holds all that an image depends on, so that none with the right name is ever out of date."""
     options = nvrtc.compile_options(architecture, macros_of(file, tile))
     parts = (repr(sorted(nvrtc.source_texts().items())), file, repr(options), compiler)
@@ -39,19 +51,22 @@ def image_name(file: str, architecture: str, tile: Tile, compiler: str) -> str:
     return f"{Path(file).stem}-{architecture}-{key}.bin"
 
 
-def find_image(file: str, capability: tuple[int, int], tile: Tile) -> bytes:
+def find_image(file: str, capability: tuple[int, int], tile: AnyTile) -> bytes:
     """The image of a file for a device. Raises KernelCompileError where none can be had."""
     for minor in range(capability[1], -1, -1):
-        path = PREBUILT / image_name(file, f"sm_{10 * capability[0] + minor}", tile, "nvcc")
-        if path.is_file():
+        target = compiled_for(file, f"sm_{10 * capability[0] + minor}")
+        if target and (path := PREBUILT / image_name(file, target, tile, "nvcc")).is_file():
             return path.read_bytes()
     compiler = nvrtc.find_nvrtc()
     if compiler is None:
         raise nvrtc.KernelCompileError(f"kernels: no NVRTC found to compile {file} with")
-    return cached_image(compiler, file, nvrtc.architecture_for(capability, compiler.architectures), tile)
+    target = compiled_for(file, nvrtc.architecture_for(capability, compiler.architectures))
+    if target is None:
+        raise nvrtc.KernelCompileError(f"kernels: {compiler.path} does not compile {file}")
+    return cached_image(compiler, file, target, tile)
 
 
-def cached_image(compiler: nvrtc.Nvrtc, file: str, architecture: str, tile: Tile) -> bytes:
+def cached_image(compiler: nvrtc.Nvrtc, file: str, architecture: str, tile: AnyTile) -> bytes:
     """The image from the cache, or compiled and put there."""
     path = cache_folder() / image_name(file, architecture, tile, f"nvrtc {compiler.version}")
     if path.is_file():
@@ -79,14 +94,17 @@ def build_images(folder: Path, architectures: Sequence[str], files: Sequence[str
     built = []
     for architecture in architectures:
         for file in files:
-            for tile in PREBUILT_TILES if macros_of(file, Tile()) else PREBUILT_TILES[:1]:
-                path = folder / image_name(file, architecture, tile, "nvcc")
-                _run_nvcc(file, architecture, tile, path)
+            target = compiled_for(file, architecture)
+            if target is None:
+                continue
+            for tile in TILES.get(file, (Tile(),)):
+                path = folder / image_name(file, target, tile, "nvcc")
+                _run_nvcc(file, target, tile, path)
                 built.append(path)
     return built
 
 
-def _run_nvcc(file: str, architecture: str, tile: Tile, path: Path) -> None:
+def _run_nvcc(file: str, architecture: str, tile: AnyTile, path: Path) -> None:
     options = nvrtc.compile_options(architecture, macros_of(file, tile))
     command = ["nvcc", "--cubin", *options, "-o", str(path), str(nvrtc.SOURCES / file)]
     try:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from grads_dist.stats import cuda_driver
 from grads_dist.stats.cuda_params import SecondStageParams
-from grads_dist.stats.cuda_tile import PARTIAL_BYTES, Tile
+from grads_dist.stats.cuda_tile import PARTIAL_BYTES, HopperTile, Tile
 from grads_dist.stats.statistics import Statistics
 from grads_dist.stats.tensors import to_device
 
@@ -26,6 +26,13 @@ class Launcher(Protocol):
 
     num_multiprocessors: int
     tile: Tile
+
+    @property
+    def hopper(self) -> HopperTile | None:
+        """The tile of the outer products for sm_90a; None where they do not run."""
+
+    def tensor_map(self, x_NC: Tensor, box_rows: int) -> bytes:
+        """A matrix as the copy engine needs to know it, for boxes of 64 columns."""
 
     def launch(
         self,

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_int, c_int64, c_void_p
+from ctypes import c_int, c_int64, c_ubyte, c_void_p
+
+TENSOR_MAP_BYTES = 128
+"""Size of a CUtensorMap."""
+TensorMap = c_ubyte * TENSOR_MAP_BYTES
 
 
 class OuterProductParams(ctypes.Structure):
@@ -23,6 +27,26 @@ class OuterProductParams(ctypes.Structure):
         ("num_a_cols", c_int),
         ("num_samples", c_int),
         ("samples_per_block", c_int),
+        ("tiles_m", c_int),
+        ("tiles_n", c_int),
+    ]
+
+
+class OuterProductSm90Params(ctypes.Structure):
+    """OuterProductSm90 of outer_product_sm90.cu."""
+
+    _fields_ = [
+        ("map_b", TensorMap),
+        ("map_a", TensorMap),
+        ("offsets", c_void_p),
+        ("partials", c_void_p),
+        ("total", c_void_p),
+        ("ld_total", c_int64),
+        ("weights", c_void_p),
+        ("num_b_cols", c_int),
+        ("num_a_cols", c_int),
+        ("num_samples", c_int),
+        ("samples_per_unit", c_int),
         ("tiles_m", c_int),
         ("tiles_n", c_int),
     ]

@@ -1,4 +1,4 @@
-"""Shape of the outer-product kernel's tile, and how its work is spread over a device."""
+"""Shapes of the outer-product kernels' tiles, and how their work is spread over a device."""
 
 from __future__ import annotations
 
@@ -68,19 +68,72 @@ def tile_for(shared_bytes_per_multiprocessor: int) -> Tile:
 
 
 @dataclass(frozen=True)
+class HopperTile:
+    """A block's tiles on sm_90a, in the names of kernels/cuda/outer_product_sm90.cu; each has 128 rows.
+
+    With a batch gradient a lane holds two sets of accumulators, so that tile is narrower.
+    """
+
+    cols: int = 256
+    """Columns of A."""
+    stages: int = 4
+    """Slices of tokens in the ring: what fits into shared memory."""
+    total_cols: int = 192
+    """The same with a batch gradient."""
+    total_stages: int = 5
+    """The same with a batch gradient."""
+    depth: int = 64
+    """Tokens of a slice."""
+
+    rows = 128
+    """Columns of B."""
+    warps = 8
+    """Warps that multiply, each 16 rows."""
+    threads = 384
+    """Two warpgroups that multiply and one that copies."""
+
+    def shared_bytes(self, with_total: bool) -> int:
+        """Shared memory of a block: the ring on a multiple of 1 KiB, and three barriers a stage."""
+        cols, stages = self._tile(with_total)
+        return 1024 + stages * (self.depth * (self.rows + cols) * 2 + 3 * 8)
+
+    def macros(self) -> dict[str, int]:
+        """What the source is compiled with."""
+        return {
+            "GD_TILE_N": self.cols,
+            "GD_STAGES": self.stages,
+            "GD_TOTAL_TILE_N": self.total_cols,
+            "GD_TOTAL_STAGES": self.total_stages,
+            "GD_DEPTH": self.depth,
+        }
+
+    def grid(
+        self, shape: tuple[int, int], num_samples: int, num_multiprocessors: int, with_total: bool
+    ) -> Grid:
+        """One block a multiprocessor, which takes one unit of work after another.
+
+        A unit is a tile of one sample; with a total it is a tile of all samples.
+        """
+        tiles_m, tiles_n = -(-shape[0] // self.rows), -(-shape[1] // self._tile(with_total)[0])
+        units = tiles_m * tiles_n * (1 if with_total else num_samples)
+        blocks = (min(units, num_multiprocessors), 1)
+        return Grid(tiles_m, tiles_n, num_samples if with_total else 1, self.warps, blocks)
+
+    def _tile(self, with_total: bool) -> tuple[int, int]:
+        return (self.total_cols, self.total_stages) if with_total else (self.cols, self.stages)
+
+
+@dataclass(frozen=True)
 class Grid:
-    """How one launch covers all tiles of `num_samples` samples."""
+    """How one launch covers all tiles of some samples."""
 
     tiles_m: int
     tiles_n: int
-    num_samples: int
     samples_per_block: int
+    """Samples of a block; on sm_90a of a unit of its work."""
     warps: int
-
-    @property
-    def blocks(self) -> tuple[int, int]:
-        """Blocks in x (tiles) and y (groups of samples)."""
-        return self.tiles_m * self.tiles_n, -(-self.num_samples // self.samples_per_block)
+    blocks: tuple[int, int]
+    """Blocks in x and y."""
 
     @property
     def partials_per_sample(self) -> int:
@@ -91,7 +144,7 @@ class Grid:
 def grid_for(
     tile: Tile, shape: tuple[int, int], num_samples: int, num_multiprocessors: int, with_total: bool
 ) -> Grid:
-    """Spread a matrix [P, D] of `num_samples` samples over the device.
+    """Spread a matrix [P, D] of `num_samples` samples over the device: tiles in x, groups of samples in y.
 
     With a total every block goes through all samples, which is what makes the sum deterministic; otherwise
     small matrices are given to more blocks by splitting the samples.
@@ -99,4 +152,6 @@ def grid_for(
     tiles_m, tiles_n = -(-shape[0] // tile.rows), -(-shape[1] // tile.cols)
     wanted = -(-num_multiprocessors * BLOCKS_PER_MULTIPROCESSOR // (tiles_m * tiles_n))
     groups = 1 if with_total else max(1, min(num_samples, wanted, 65535))
-    return Grid(tiles_m, tiles_n, num_samples, -(-num_samples // groups), tile.warps)
+    samples_per_block = -(-num_samples // groups)
+    blocks = (tiles_m * tiles_n, -(-num_samples // samples_per_block))
+    return Grid(tiles_m, tiles_n, samples_per_block, tile.warps, blocks)

@@ -4,7 +4,7 @@
 // Legend: S samples; B is N x P and A is N x D, the tokens of all samples packed along N. A tile is kTileM columns
 // of B by kTileN columns of A; tokens are taken kDepth at a time (a slice). The sizes come from the host as macros
 // (grads_dist/stats/cuda_tile.py).
-#include "statistics.cuh"
+#include "outer_product.cuh"
 
 constexpr int kTileM = GD_TILE_M, kTileN = GD_TILE_N, kDepth = GD_DEPTH, kStages = GD_STAGES;
 constexpr int kWarpsM = GD_WARPS_M, kWarpsN = GD_WARPS_N, kWarps = kWarpsM * kWarpsN, kThreads = kWarps * 32;
@@ -58,20 +58,16 @@ struct Place {
   GD_DEVICE int col(int j, int e) const { return n + warp_n * kWarpN + j * 8 + lane % 4 * 2 + e % 2; }
 };
 
-// Tiles are taken in groups of 8 rows, column by column: those that run at the same time share columns of both
-// matrices in the second-level cache.
 GD_DEVICE Place find_place(const OuterProduct& q) {
-  constexpr int kGroup = 8;
   Place at;
   at.tile = blockIdx.x;
   at.lane = threadIdx.x % 32;
   at.warp = threadIdx.x / 32;
   at.warp_m = at.warp / kWarpsN;
   at.warp_n = at.warp % kWarpsN;
-  const int group = at.tile / (kGroup * q.tiles_n), inside = at.tile % (kGroup * q.tiles_n);
-  const int rows = min(q.tiles_m - group * kGroup, kGroup);
-  at.m = (group * kGroup + inside % rows) * kTileM;
-  at.n = inside / rows * kTileN;
+  const TileIndex index = find_tile(at.tile, q.tiles_m, q.tiles_n);
+  at.m = index.m * kTileM;
+  at.n = index.n * kTileN;
   at.whole = at.m + kTileM <= q.num_b_cols && at.n + kTileN <= q.num_a_cols;
   return at;
 }
@@ -180,61 +176,15 @@ GD_DEVICE void visit_elements(const OuterProduct& q, const Place& at, Accumulato
         if (!kMasked || (at.row(i, e) < q.num_b_cols && at.col(j, e) < q.num_a_cols)) visit(acc[i][j][e], i, j, e);
 }
 
-struct WarpNumbers {
-  float high, low, sumsq;
-};
-
-// Joins the lanes' numbers by butterflies. The smallest is minus the largest of the negated: half the lanes carry
-// one, half the other, which saves four shuffles of fifteen.
-GD_DEVICE WarpNumbers join_lanes(WarpNumbers mine, int lane) {
-  const bool upper = lane & 16;
-  float extreme = upper ? -mine.low : mine.high;
-  extreme = larger(extreme, shuffle_xor(upper ? mine.high : -mine.low, 16));
-  float sumsq = mine.sumsq + shuffle_xor(mine.sumsq, 16);
-#pragma unroll
-  for (int distance = 8; distance > 0; distance /= 2) {
-    extreme = larger(extreme, shuffle_xor(extreme, distance));
-    sumsq += shuffle_xor(sumsq, distance);
-  }
-  const float other = shuffle_xor(extreme, 16);
-  return WarpNumbers{upper ? other : extreme, -(upper ? extreme : other), sumsq};
-}
-
-// The squares again in float64, where float32 lost some of them, and the elements that are not finite. Rare, so the
-// common path pays one comparison for it.
-GD_DEVICE void recount(const OuterProduct& q, const Place& at, Accumulators& acc, Partial& partial) {
-  double sumsq = 0.0;
-  int nonfinite = 0;
-  visit_elements<true>(q, at, acc, [&](float x, int, int, int) {
-    sumsq += static_cast<double>(x) * x;
-    nonfinite += is_finite(x) ? 0 : 1;
-  });
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
-    sumsq += shuffle_xor(sumsq, distance);
-    nonfinite += shuffle_xor(nonfinite, distance);
-  }
-  partial.sumsq = sumsq;
-  partial.nonfinite = nonfinite;
-}
-
 // Reduces one sample's finished tile to one partial a warp.
 GD_DEVICE void reduce_tile(const OuterProduct& q, const Place& at, Accumulators& acc, int sample) {
-  WarpNumbers mine{-infinity(), infinity(), 0.0f};
-  auto take = [&](float x, int, int, int) {
-    mine.high = larger(mine.high, x);
-    mine.low = smaller(mine.low, x);
-    mine.sumsq = fmaf(x, x, mine.sumsq);
+  auto visit_all = [&](auto take) {
+    visit_elements<false>(q, at, acc, [&](float x, int, int, int) { take(x); });
   };
-  if (at.whole)
-    visit_elements<false>(q, at, acc, take);
-  else
-    visit_elements<true>(q, at, acc, take);
-  const WarpNumbers all = join_lanes(mine, at.lane);
-  Partial partial{0.0, all.sumsq, all.high, all.low, 0};
-  // Below 1e-15 squares begin to vanish. All lanes hold the same numbers here, so the warp stays together.
-  const float largest = larger(all.high, -all.low);
-  if (!is_finite(all.sumsq) || (largest > 0.0f && largest < 1e-15f)) recount(q, at, acc, partial);
+  auto visit_inside = [&](auto take) {
+    visit_elements<true>(q, at, acc, [&](float x, int, int, int) { take(x); });
+  };
+  const Partial partial = reduce_elements(at.whole, visit_all, visit_inside, at.lane);
   const i64 slot = (static_cast<i64>(sample) * q.tiles_m * q.tiles_n + at.tile) * kWarps + at.warp;
   if (at.lane == 0) q.partials[slot] = partial;
 }

@@ -8,7 +8,7 @@
 struct EmulatedIndex {
   unsigned x, y;
 };
-static EmulatedIndex threadIdx, blockIdx;
+static EmulatedIndex threadIdx, blockIdx, gridDim;
 
 #include "scheduler.h"
 
@@ -26,13 +26,23 @@ inline void must_be_aligned(const void* p) {
   if (reinterpret_cast<uintptr_t>(p) % 16) emulator::block.fault = emulator::kMisaligned;
 }
 
+// Shared memory begins here: on no better boundary than kernels are promised.
+constexpr u32 kSharedBegin = 128;
+
 inline u32 shared_address(const void* p) {
-  return static_cast<u32>(static_cast<const char*>(p) - emulator::block.dynamic_shared);
+  return static_cast<u32>(static_cast<const char*>(p) - emulator::block.dynamic_shared) + kSharedBegin;
 }
 
 inline void keep_in_register(u32&) {}
 
-inline char* at_shared_address(u32 address) { return emulator::block.dynamic_shared + address; }
+inline char* at_shared_address(u32 address) {
+  const u32 place = address - kSharedBegin;
+  if (place >= emulator::block.shared_bytes) {
+    emulator::block.fault = emulator::kOutside;
+    return emulator::block.dynamic_shared;
+  }
+  return emulator::block.dynamic_shared + place;
+}
 
 inline void copy_async_16(u32 to, const void* from, bool inside) {
   must_be_aligned(at_shared_address(to));
