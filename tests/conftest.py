@@ -25,6 +25,12 @@ def clean_environment(**variables: str) -> dict[str, str]:
     return env | variables
 
 
+@pytest.fixture(autouse=True)
+def process_group_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed keeps the process group that it first saw: one that a test starts in this process must stay."""
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
+
+
 @pytest.fixture
 def program(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs `python -m grads_dist ARGS...` in the test's folder."""
