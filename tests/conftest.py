@@ -27,7 +27,7 @@ def clean_environment(**variables: str) -> dict[str, str]:
 
 @pytest.fixture(autouse=True)
 def process_group_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed keeps the process group that it first saw: one that a test starts in this process must stay."""
+    """DeepSpeed keeps the process group that it first saw: what a test starts in this process must stay."""
     monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
 
 
