@@ -46,8 +46,8 @@ PATIENCE_BROKEN = 6.0
 """The same once a collective broke: a rank is gone then, and the question is only which."""
 BROKEN_PATIENCE = 25.0
 """Seconds that a rank whose collective broke waits for word of the rank that is gone."""
-LOOK_AFTER = 10.0
-"""Seconds without progress after which it is looked at where the main thread is."""
+LOOK_AFTER = 0.25
+"""Share of the time that a step may take, after which it is looked at where the main thread is."""
 HURRIED_PATIENCE = 12.0
 """The same once the launcher has begun to end the ranks."""
 LINGER = 5.0
@@ -189,9 +189,10 @@ class Monitor:
         activity = self._activity
         if activity.beats != self._progress:
             self._progress, self._progress_at = activity.beats, now
-        stalled = now - self._progress_at
-        # Less matters to nobody: `judge` asks only whether a rank waits that has been late for longer.
-        waiting, where = find_main(self._main, self._own) if stalled > LOOK_AFTER else (False, "")
+        stalled, limit = now - self._progress_at, activity.limit()
+        # Before, it matters to nobody: `judge` ends a run only because of ranks that are late.
+        look = stalled > LOOK_AFTER * limit
+        waiting, where = find_main(self._main, self._own) if look else (False, "")
         return Beat(
             rank=self._rank,
             host=self._host,
@@ -200,7 +201,7 @@ class Monitor:
             doing=activity.doing,
             progress=activity.beats,
             stalled=stalled,
-            limit=activity.limit(),
+            limit=limit,
             waiting=waiting,
             where=where,
         )
