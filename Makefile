@@ -4,7 +4,7 @@
 PYTHON ?= python3
 CONSTRAINTS ?= constraints-cpu.txt
 EXTRA ?= cpu
-# Test modules that run side by side; one may start three ranks.
+# Test modules, or benchmarks at toy size, that run side by side; one may start three ranks.
 WORKERS ?= 2
 
 BIN := .venv/bin
@@ -45,18 +45,16 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
+# Of others, tests run the toy size, or it takes too long (benchmarks/README.md).
+SMOKES := bench_estimate bench_select bench_callback bf16_honesty bench_probe bench_select_rivals bench_kernels
+
 bench-smoke: $(STAMP)
-	$(PIP_INSTALL) -q -e ".[$(EXTRA),benchmarks]"
-	$(BIN)/python benchmarks/bench_probe.py --smoke
-	$(BIN)/python benchmarks/bench_neighbours.py --smoke
-	$(BIN)/python benchmarks/bench_step.py --smoke
-	$(BIN)/python benchmarks/bf16_honesty.py --smoke
-	$(BIN)/python benchmarks/bench_kernels.py --smoke
-	$(BIN)/python benchmarks/bench_memory.py --smoke
-	$(BIN)/python benchmarks/bench_callback.py --smoke
-	$(BIN)/python benchmarks/bench_estimate.py --smoke --only train
-	$(BIN)/python benchmarks/bench_select.py --smoke
-	$(BIN)/python benchmarks/bench_select_rivals.py --smoke
+	$(if $(findstring benchmarks,$(EXTRA)),,$(PIP_INSTALL) -q -e ".[$(EXTRA),benchmarks]")
+	$(MAKE) --jobs $(WORKERS) --output-sync $(addprefix smoke-,$(SMOKES))
+
+smoke-bench_estimate: ONLY = --only train
+smoke-%:
+	$(BIN)/python benchmarks/$*.py --smoke $(ONLY)
 
 gpu-check: $(STAMP)
 	$(BIN)/python benchmarks/gpu_check.py
