@@ -119,7 +119,7 @@ def set_up(folder: Path) -> None:
     """A virtual environment that sees the packages of this one, and has the rivals besides."""
     venv.create(folder, with_pip=True)
     paths = sysconfig.get_paths(vars={"base": str(folder), "platbase": str(folder)}, scheme="posix_prefix")
-    # The package too: of a folder that is named here, Python reads no .pth file, such as an editable install's.
+    # The package too: in folders that are named here no .pth file is read, such as an editable install's.
     seen = (Path(__file__).resolve().parent.parent, sysconfig.get_paths()["purelib"])
     Path(paths["purelib"], "parent.pth").write_text("".join(f"{p}\n" for p in seen), encoding="utf-8")
     pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check", "-q"]
