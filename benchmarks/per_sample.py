@@ -19,10 +19,16 @@ from grads_dist.stats.targets import Targets
 
 def gradient_numbers(g: Tensor) -> Tensor:
     """sum, sumsq, min, max of one finite gradient, float64 [4]."""
-    minmax = torch.aminmax(g)
+    minmax, wide = torch.aminmax(g), torch.promote_types(g.dtype, torch.float32)
     # Row by row first: one float32 sum of squares over all elements would lose five digits.
-    sumsq = torch.linalg.vector_norm(g.reshape(-1, g.shape[-1]), dim=1).double().square().sum()
-    return torch.stack([g.sum().double(), sumsq, minmax.min.double(), minmax.max.double()])
+    rows = g.reshape(-1, g.shape[-1])
+    sumsq = torch.linalg.vector_norm(rows, dim=1, dtype=wide).double().square().sum()
+    return torch.stack([g.sum(dtype=wide).double(), sumsq, minmax.min.double(), minmax.max.double()])
+
+
+def numbers_of_all(g_S: Tensor) -> Tensor:
+    """The same of every sample's gradient [S, ...], [S, 4]."""
+    return vmap(gradient_numbers)(g_S)
 
 
 def by_target(numbers: dict[str, Tensor], targets: Targets) -> dict[str, Statistics]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from per_sample import by_target
+from per_sample import by_target, numbers_of_all
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from variants import LINEAR, Setup, Step, model_and_targets, plain_loss
@@ -70,30 +70,27 @@ def opacus_gradients(setup: Setup, targets: list[str]) -> Step:
     """opacus' hooks, which put the gradients of all samples beside each weight, then the numbers of each."""
     from opacus.grad_sample import GradSampleModule
 
-    model, resolved = model_and_targets(setup, targets)
-    wanted = _train_only(model, resolved)
-    hooked = GradSampleModule(model, loss_reduction="sum", strict=False)
-
-    def step(work: Work) -> dict[str, Statistics]:
-        sum_of_sample_means(hooked, work.batch).backward()
-        numbers = {name: _numbers(weight.grad_sample) for name, weight in wanted.items()}
-        hooked.zero_grad(set_to_none=True)
-        return by_target(numbers, resolved)
-
-    return step
+    return _opacus(GradSampleModule, lambda weight: numbers_of_all(weight.grad_sample), setup, targets)
 
 
 def opacus_norms(setup: Setup, targets: list[str]) -> Step:
     """opacus' ghost norms: Gram matrices of tokens by tokens, no gradient of a sample is formed."""
     from opacus.grad_sample import GradSampleModuleFastGradientClipping
 
+    return _opacus(
+        GradSampleModuleFastGradientClipping, lambda weight: _only_norm(weight._norm_sample), setup, targets
+    )
+
+
+def _opacus(hooks: Any, read: Callable[[Any], Tensor], setup: Setup, targets: list[str]) -> Step:
+    """A step under opacus' hooks; `read` gives the numbers of what they leave beside a weight."""
     model, resolved = model_and_targets(setup, targets)
     wanted = _train_only(model, resolved)
-    hooked = GradSampleModuleFastGradientClipping(model, loss_reduction="sum", strict=False)
+    hooked = hooks(model, loss_reduction="sum", strict=False)
 
     def step(work: Work) -> dict[str, Statistics]:
         sum_of_sample_means(hooked, work.batch).backward()
-        numbers = {name: _only_norm(weight._norm_sample) for name, weight in wanted.items()}
+        numbers = {name: read(weight) for name, weight in wanted.items()}
         hooked.zero_grad(set_to_none=True)
         return by_target(numbers, resolved)
 
@@ -103,15 +100,6 @@ def opacus_norms(setup: Setup, targets: list[str]) -> Step:
 def _train_only(model: nn.Module, targets: Targets) -> dict[str, Any]:
     model.requires_grad_(False)
     return {name: model.get_parameter(name).requires_grad_(True) for name in sorted(targets.parameters)}
-
-
-def _numbers(g_S: Tensor) -> Tensor:
-    """sum, sumsq, min, max of every sample's gradient, float64 [S, 4]."""
-    flat_SN = g_S.flatten(1)
-    low_high = torch.aminmax(flat_SN, dim=1)
-    norm = torch.linalg.vector_norm(flat_SN, dim=1, dtype=torch.float32)
-    total = flat_SN.sum(1, dtype=torch.float32)
-    return torch.stack([total, norm.square(), low_high.min.float(), low_high.max.float()], 1).double()
 
 
 def _only_norm(norm_S: Tensor) -> Tensor:
@@ -141,7 +129,8 @@ def bergson_statistics(setup: Setup) -> Step:
 
         @HookCollectorBase.split_attention_heads
         def backward_hook(self, module: Any, g: Tensor) -> None:
-            found[module._name] = _numbers(self._compute_gradient(module, g))
+            flat_SN = self._compute_gradient(module, g)
+            found[module._name] = numbers_of_all(flat_SN.unflatten(1, module.weight.shape))
 
     run = _bergson(setup, {"skip_index": True}, Collector, projection_dim=0)
     targets = model_and_targets(setup, LINEAR)[1]
