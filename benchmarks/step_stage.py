@@ -92,6 +92,7 @@ class Stage:
             session.engine.step()
         else:
             session.train_micro_batch(work.batch, True, record=variant.targets is not None)
+            session.update()
 
     def close(self) -> None:
         """Let go of the model, also after a step that ended half way."""

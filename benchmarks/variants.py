@@ -151,6 +151,7 @@ def training_step(setup: Setup, targets: list[str], record: bool) -> Step:
 
     def step(work: Work) -> dict[str, Statistics] | None:
         found = session.train_micro_batch(work.batch, work.ends_step, record)
+        session.update()
         return None if found is None else found.stats
 
     return step

@@ -280,7 +280,7 @@ def test_both_backends_count_what_is_not_finite_in_sums_of_rows(monkeypatch, nam
     found = ops.vector_stats(b, Segments((3, 3, 3)), ops.Normalised(x, "rms", 1e-6))
     assert found.nonfinite.tolist() == [0, 2, 0] and found.sumsq[[0, 2]].isfinite().all()
     ids = torch.tensor([1, 1, 2, 0, 2, 0, 3, 3, 3])
-    touched = ops.embedding_rows(b, ids, Segments((3, 3, 3)))
+    touched = ops.EmbeddingRows(b, ids, Segments((3, 3, 3)))
     assert ops.embedding_stats(touched, 5).nonfinite.tolist() == [0, 2, 0]
 
 

@@ -143,5 +143,6 @@ def test_operators_keep_torchs_contract(launched, name):
     b, a = (kernel_checks.poisoned(3, n, BF16, "cpu").clone() for n in (9, 7))
     torch.library.opcheck(operators.outer_product_stats, (b, a, lengths, torch.zeros(9, 7), [1.0] * 3, name))
     torch.library.opcheck(operators.outer_product_stats, (b, a, lengths, None, None, name))
+    torch.library.opcheck(operators.embedding_stats, (b, torch.tensor([2, 0, 2]), lengths, 4, 0))
     offsets = torch.tensor([0, 2, 2, 3])
     torch.library.opcheck(operators.row_sum_stats, (b, b + 1, None, offsets, [1, 1, 1], 1, 1e-5, name))

@@ -194,7 +194,7 @@ def test_runs_are_those_of_the_reference(device):
     lengths = [5, 0, 9]
     ids = torch.tensor([3, 1, 3, 3, 0, 2, 2, 2, 4, 1, 1, 4, 2, 0], device=device)
     b = checks.poisoned(14, 8, FP32, device)
-    rows = ops.embedding_rows(b, ids, Segments(tuple(lengths)), padding_idx=1)
+    rows = ops.EmbeddingRows(b, ids, Segments(tuple(lengths)), padding_idx=1)
     runs = cuda_rows.find_runs(ids, lengths, 5, padding_idx=1)
     assert runs.run_offsets.tolist() == list(rows.segments.offsets)
     out = torch.zeros(rows.rows.shape[0], 8, device=device)

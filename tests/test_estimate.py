@@ -355,6 +355,7 @@ def test_states_are_those_of_a_deepspeed_engine(folder, tmp_path, stage, dtype):
     session = Session(config, ranks)
     rows = RandomRows.random(4)
     session.train_micro_batch(collate(rows, np.arange(4), np.full(4, 0.25), CPU), True, record=True)
+    session.update()
     optimizer = session.engine.optimizer
     weights = sum(getattr(p, "ds_tensor", p).nbytes for p in session.model.parameters())
     masters = (

@@ -143,7 +143,7 @@ def test_embeddings(dtype, padding_idx):
     segments, vocab = Segments(EDGES), 11
     b = draw(EDGES, 123, dtype)
     ids = torch.randint(0, vocab - 1, (sum(EDGES),), generator=torch.Generator().manual_seed(2))
-    rows = ops.embedding_rows(b, ids, segments, padding_idx)
+    rows = ops.EmbeddingRows(b, ids, segments, padding_idx)
     found = ops.embedding_stats(rows, vocab)
     assert_near(found, *embedding_truth(b, ids, segments, vocab, padding_idx))
 
@@ -151,8 +151,8 @@ def test_embeddings(dtype, padding_idx):
 def test_embedding_whose_every_row_is_touched_counts_no_zeros():
     ids, b = torch.tensor([1, 0]), torch.tensor([[2.0], [3.0]])
     segments = Segments((2,))
-    touched = ops.embedding_stats(ops.embedding_rows(b, ids, segments), 2)
-    absent = ops.embedding_stats(ops.embedding_rows(b, ids, segments), 3)
+    touched = ops.embedding_stats(ops.EmbeddingRows(b, ids, segments), 2)
+    absent = ops.embedding_stats(ops.EmbeddingRows(b, ids, segments), 3)
     assert (touched.min.item(), absent.min.item()) == (2.0, 0.0)
 
 
@@ -163,7 +163,7 @@ def test_embedding_rows_are_sums_over_repeated_ids_in_ascending_order(shape, voc
     segments = Segments(tuple(lengths))
     b = draw(lengths, width)
     ids = torch.randint(0, vocab, (sum(lengths),), generator=torch.Generator().manual_seed(3))
-    rows = ops.embedding_rows(b, ids, segments)
+    rows = ops.EmbeddingRows(b, ids, segments)
     for i in range(len(lengths)):
         b_i, ids_i = of_sample(b, segments, i), of_sample(ids, segments, i)
         tokens = of_sample(rows.ids, rows.segments, i)
@@ -200,7 +200,7 @@ def test_gradients_of_empty_samples_are_zero(lengths):
     for found in (
         ops.outer_product_stats(b, a, segments),
         ops.vector_stats(b, segments),
-        ops.embedding_stats(ops.embedding_rows(b, ids, segments), 9),
+        ops.embedding_stats(ops.EmbeddingRows(b, ids, segments), 9),
     ):
         for i, length in enumerate(lengths):
             if length == 0:
@@ -210,7 +210,7 @@ def test_gradients_of_empty_samples_are_zero(lengths):
 OPERATIONS = {
     "outer": lambda b, a, ids, segments: ops.outer_product_stats(b, a, segments),
     "vector": lambda b, a, ids, segments: ops.vector_stats(b, segments),
-    "embedding": lambda b, a, ids, segments: ops.embedding_stats(ops.embedding_rows(b, ids, segments), 50),
+    "embedding": lambda b, a, ids, segments: ops.embedding_stats(ops.EmbeddingRows(b, ids, segments), 50),
     "ragged": lambda b, a, ids, segments: ops.ragged_row_stats(b, segments),
 }
 each_operation = pytest.mark.parametrize("operation", OPERATIONS.values(), ids=list(OPERATIONS))

@@ -66,7 +66,7 @@ def test_vector():
 
 def test_embedding():
     ids, b = torch.tensor([4, 2, 4, 0, 8, 8, 8, 1, 3]), random(9, 5)
-    touched = ops.embedding_rows(b, ids, SEGMENTS, padding_idx=3)
+    touched = ops.EmbeddingRows(b, ids, SEGMENTS, padding_idx=3)
     whole = torch.zeros(4, 9, 5, dtype=torch.float64)
     for row, (sample, token) in enumerate(zip([0, 0, 0, 2, 2, 2, 2, 2, 3], ids.tolist(), strict=True)):
         if token != 3:
@@ -117,7 +117,7 @@ def test_inner_products_are_unbiased(kind):
     forms = {
         "outer": [outer(segments)[0]],
         "vector": [vector(segments)[0]],
-        "embedding": [TouchedRows(ops.embedding_rows(random(7, 5), ids, segments), 6)],
+        "embedding": [TouchedRows(ops.EmbeddingRows(random(7, 5), ids, segments), 6)],
         "grouped": [Grouped(outer(Segments((2, 1, 2, 2)))[0], 2)],
         "two weights": [outer(segments)[0], vector(segments)[0]],
     }[kind]

@@ -249,6 +249,7 @@ class _Timer:
             return
         if work.trains:
             found = self._session.train_micro_batch(batch, ends_step, record=work.kind == "probe")
+            self._session.update()
         else:
             tokens = probe.feature_tokens if work.with_features else None
             found = self._session.measure(batch, tokens, sketching=work.with_sketches)

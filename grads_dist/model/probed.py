@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +26,11 @@ class Batch:
         loss_mask: bool [S, T], true at tokens that carry loss; never at the first.
         weights: weight of each sample's loss in the total, float64 [S].
         layout: real lengths of the samples.
+        tokens: the samples' token ids on the host, without padding.
+        label_slots: int64 [M], where in [S, T - 1] the positions are that predict a token that carries loss.
+        num_label_tokens: tokens that carry loss, a sample; M in all.
+
+    What is known on the host is kept there: to ask a GPU for it, the host would wait for all work before.
     """
 
     rows: Tensor
@@ -34,11 +40,9 @@ class Batch:
     loss_mask: Tensor
     weights: Tensor
     layout: BatchLayout
-
-    @property
-    def num_label_tokens(self) -> tuple[int, ...]:
-        """Tokens that carry loss, a sample."""
-        return tuple(self.loss_mask.sum(1).tolist())
+    tokens: tuple[np.ndarray, ...]
+    label_slots: Tensor
+    num_label_tokens: tuple[int, ...]
 
 
 class ProbedModel(nn.Module):
@@ -97,16 +101,16 @@ class ProbedModel(nn.Module):
         if not loss:
             return hidden.new_zeros(())
         # Position t predicts token t + 1: label positions are those before the tokens that carry loss.
-        slots = batch.loss_mask[:, 1:].flatten().nonzero().squeeze(1)
-        hidden_MD = hidden[:, :-1].flatten(0, 1).index_select(0, slots)
-        targets_M = batch.input_ids[:, 1:].flatten().index_select(0, slots)
+        hidden_MD = hidden[:, :-1].flatten(0, 1).index_select(0, batch.label_slots)
+        targets_M = batch.input_ids[:, 1:].flatten().index_select(0, batch.label_slots)
         self.head_result = HeadResult()
         return self.anatomy.head(hidden_MD, targets_M, self._request(batch, record), self.head_result)
 
     def _request(self, batch: Batch, record: bool) -> HeadRequest:
         kept_ids = None
         if record and self.recorder is not None and self.recorder.needs_tied:
-            kept_ids = distinct_ids(batch.input_ids, batch.layout, self.anatomy.embedding.padding_idx)
+            padding_idx = self.anatomy.embedding.padding_idx
+            kept_ids = distinct_ids(batch.tokens, padding_idx, batch.input_ids.device)
         return HeadRequest(
             segments=Segments(batch.num_label_tokens),
             sample_weights=batch.weights,

@@ -10,6 +10,7 @@ import torch
 
 from grads_dist.model.probed import Batch
 from grads_dist.stats.segments import BatchLayout
+from grads_dist.stats.tensors import to_device
 
 
 class TokenSource(Protocol):
@@ -41,54 +42,54 @@ def collate(
         avoid: padded lengths not to use, such as numbers of heads, so that axes of tokens and of heads can be
             told apart by their size.
     """
-    tokens = [source.tokens(int(i)) for i in rows]
-    lengths = tuple(len(t) for t in tokens)
-    padded = max(lengths)
+    tokens = tuple(source.tokens(int(i)) for i in rows)
+    masks = [source.loss_mask(int(i)) for i in rows]
+    padded = max(map(len, tokens))
     while padded in avoid:
         padded += 1
-    shape = (len(tokens), padded)
-    input_ids = np.full(shape, PAD_ID, dtype=np.int64)
-    loss_mask = np.zeros(shape, dtype=bool)
-    for s, (row, ids) in enumerate(zip(rows, tokens, strict=True)):
-        input_ids[s, : lengths[s]] = ids
-        loss_mask[s, : lengths[s]] = source.loss_mask(int(row))
-    positions = np.broadcast_to(np.arange(shape[1]), shape)
-    token_mask = positions < np.asarray(lengths)[:, None]
-    return Batch(
-        rows=torch.as_tensor(np.asarray(rows, dtype=np.int64)),
-        input_ids=torch.from_numpy(input_ids).to(device),
-        position_ids=torch.from_numpy(positions.copy()).to(device),
-        token_mask=torch.from_numpy(token_mask).to(device),
-        loss_mask=torch.from_numpy(loss_mask).to(device),
-        weights=torch.as_tensor(np.asarray(weights, dtype=np.float64), device=device),
-        layout=BatchLayout(lengths, shape[1]),
-    )
+    return _batch(np.asarray(rows, dtype=np.int64), tokens, masks, np.asarray(weights), padded, device)
 
 
 def dummy_batch(device: torch.device) -> Batch:
     """Two tokens of weight 0, for a rank that has nothing to do while the others communicate."""
-    return Batch(
-        rows=torch.empty(0, dtype=torch.int64),
-        input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device),
-        position_ids=torch.arange(2, device=device)[None],
-        token_mask=torch.ones(1, 2, dtype=torch.bool, device=device),
-        loss_mask=torch.tensor([[False, True]], device=device),
-        weights=torch.zeros(1, dtype=torch.float64, device=device),
-        layout=BatchLayout((2,), 2),
-    )
+    return rehearsal_batch(1, 2, 1, device)
 
 
 def rehearsal_batch(num_rows: int, num_tokens: int, vocab_size: int, device: torch.device) -> Batch:
     """Rows of made-up tokens, all of which carry loss and few of which repeat, of no weight in the total."""
-    ids = torch.arange(num_rows * num_tokens, device=device).reshape(num_rows, num_tokens) % vocab_size
-    loss_mask = torch.ones_like(ids, dtype=torch.bool)
-    loss_mask[:, 0] = False
+    ids = np.arange(num_rows * num_tokens).reshape(num_rows, num_tokens) % vocab_size
+    loss_mask = np.arange(num_tokens) > 0
+    no_rows, weights = np.empty(0, dtype=np.int64), np.zeros(num_rows)
+    return _batch(no_rows, tuple(ids), [loss_mask] * num_rows, weights, num_tokens, device)
+
+
+def _batch(
+    rows: np.ndarray,
+    tokens: tuple[np.ndarray, ...],
+    masks: Sequence[np.ndarray],
+    weights: np.ndarray,
+    padded_length: int,
+    device: torch.device,
+) -> Batch:
+    """The batch of these samples, padded on the right; nothing is waited for on the way to the device."""
+    lengths = tuple(map(len, tokens))
+    shape = (len(tokens), padded_length)
+    input_ids = np.full(shape, PAD_ID, dtype=np.int64)
+    loss_mask = np.zeros(shape, dtype=bool)
+    for s, (ids, mask) in enumerate(zip(tokens, masks, strict=True)):
+        input_ids[s, : lengths[s]] = ids
+        loss_mask[s, : lengths[s]] = mask
+    positions = np.broadcast_to(np.arange(padded_length), shape)
+    token_mask = positions < np.asarray(lengths)[:, None]
     return Batch(
-        rows=torch.empty(0, dtype=torch.int64),
-        input_ids=ids,
-        position_ids=torch.arange(num_tokens, device=device).expand(num_rows, -1).contiguous(),
-        token_mask=torch.ones_like(loss_mask),
-        loss_mask=loss_mask,
-        weights=torch.zeros(num_rows, dtype=torch.float64, device=device),
-        layout=BatchLayout((num_tokens,) * num_rows, num_tokens),
+        rows=torch.from_numpy(rows),
+        input_ids=to_device(input_ids, torch.int64, device),
+        position_ids=to_device(positions, torch.int64, device),
+        token_mask=to_device(token_mask, torch.bool, device),
+        loss_mask=to_device(loss_mask, torch.bool, device),
+        weights=to_device(weights, torch.float64, device),
+        layout=BatchLayout(lengths, padded_length),
+        tokens=tokens,
+        label_slots=to_device(np.flatnonzero(loss_mask[:, 1:]), torch.int64, device),
+        num_label_tokens=tuple(loss_mask.sum(1).tolist()),
     )

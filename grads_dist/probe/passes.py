@@ -14,7 +14,7 @@ from grads_dist.probe.checkpoints import Checkpoints
 from grads_dist.probe.memory import is_out_of_memory, largest_batches
 from grads_dist.probe.plan import Plan
 from grads_dist.probe.progress import Progress
-from grads_dist.probe.work import Work
+from grads_dist.probe.work import Sent, Work
 
 log = logging.getLogger(__name__)
 
@@ -95,32 +95,39 @@ def _flush(work: Work, steps: int) -> None:
 
 def _train_step(work: Work, plan: Plan, step: int, record: bool, number: int, progress: Progress) -> bool:
     """This rank's part of one optimizer step; returns whether it saw a loss and gradients that are finite."""
-    finite = False
+    finite, before = False, None
     for batch, last in _step_batches(work, plan, step):
         kind = "step" if last else "micro-batch"
         work.session.ranks.beat(f"step {number}, {work.describe(batch)}", kind)
-        signal = _train_micro_batch(work, batch, last, record, number, progress)
-        if len(batch.rows):
-            finite = finite or signal is None or bool(np.isfinite(signal).any())
-    return finite
+        sent = _train_micro_batch(work, batch, last, record)
+        # Numbers are asked for when the next micro-batch is under way.
+        finite |= _receive(work, before, number, progress)
+        before = sent
+    return finite | _receive(work, before, number, progress)
 
 
-def _train_micro_batch(
-    work: Work, batch: Batch, last: bool, record: bool, step: int, progress: Progress
-) -> np.ndarray | None:
-    """Train on one micro-batch; returns its rows' mean log norms, if they are recorded."""
+def _receive(work: Work, sent: Sent | None, step: int, progress: Progress) -> bool:
+    """Add the rows of a micro-batch; whether any of them is finite, as far as is known."""
+    if sent is None:
+        return False
+    signal = work.receive(sent, step, progress)
+    return signal is None or bool(np.isfinite(signal).any())
+
+
+def _train_micro_batch(work: Work, batch: Batch, last: bool, record: bool) -> Sent | None:
+    """Train on one micro-batch and start its numbers on their way; None for a batch without rows."""
     try:
         found = work.session.train_micro_batch(batch, last, record)
+        sent = None
+        if len(batch.rows):
+            # Before the update, which then need not be waited for.
+            sent = Sent(batch) if found is None else work.send(batch, found)
+        work.session.update()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
     else:
-        if not len(batch.rows):
-            return None
-        if found is not None:
-            return work.add(batch, found, step, progress)
-        progress.update(len(batch.rows), batch.layout.segments.num_rows, step=step)
-        return None
+        return sent
     raise work.does_not_fit(batch.rows.numpy())
 
 

@@ -135,7 +135,7 @@ class Session:
         return self._measurement(batch)
 
     def train_micro_batch(self, batch: Batch, last_of_step: bool, record: bool) -> Measurement | None:
-        """Forward and backward of one micro-batch of a step, and the optimizer's update after the last.
+        """Forward and backward of one micro-batch of a step; `update` belongs behind it.
 
         The batch's weights must sum, over all ranks and micro-batches, to the world size: DeepSpeed averages
         over ranks.
@@ -145,9 +145,21 @@ class Session:
         with around:
             total = self.engine(batch, record=record)
             self.engine.backward(total, scale_wrt_gas=False)
-        found = self._measurement(batch) if record else None
-        self._apply()
-        return found
+        return self._measurement(batch) if record else None
+
+    def update(self) -> None:
+        """End a micro-batch: after the last of a step the optimizer's update.
+
+        It is left out if the gradient of the step is not finite. DeepSpeed looks for itself, by a norm over
+        all ranks, at ZeRO stages 1 to 3. At stage 0 every rank has the whole gradient, the same on all.
+        """
+        if self.stage == 0 and self.engine.is_gradient_accumulation_boundary():
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+                self._num_skipped += 1
+                self.engine.zero_grad()
+                return
+        self.engine.step()
 
     def rehearse(self, batch: Batch, record: bool) -> None:
         """Pass a batch of weight 0 as the others will be passed; changes no weight and no statistics.
@@ -156,6 +168,7 @@ class Session:
         """
         if self.training:
             self.train_micro_batch(batch, last_of_step=False, record=record)
+            self.update()
         elif record:
             self.measure(batch)
         else:
@@ -169,20 +182,6 @@ class Session:
     def restore_skipped(self, total: int) -> None:
         """Count on from `total` skipped steps, of which the engine knows its own."""
         self._num_skipped = total - int(self.engine.skipped_steps)
-
-    def _apply(self) -> None:
-        """The optimizer's update, unless the gradient of the step is not finite.
-
-        DeepSpeed looks for itself, by a norm over all ranks, at ZeRO stages 1 to 3. At stage 0 every rank has
-        the whole gradient, the same on all.
-        """
-        if self.stage == 0 and self.engine.is_gradient_accumulation_boundary():
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
-                self._num_skipped += 1
-                self.engine.zero_grad()
-                return
-        self.engine.step()
 
     def _measurement(self, batch: Batch) -> Measurement:
         head = self.model.head_result

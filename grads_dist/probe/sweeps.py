@@ -14,7 +14,7 @@ from grads_dist.probe.batches import dummy_batch
 from grads_dist.probe.memory import is_out_of_memory, largest_batches, release
 from grads_dist.probe.plan import Plan, share_units
 from grads_dist.probe.progress import Progress
-from grads_dist.probe.work import Work
+from grads_dist.probe.work import Sent, Work
 from grads_dist.table.notes import OUT_OF_MEMORY
 from grads_dist.table.spans import Span, span_name
 
@@ -33,7 +33,8 @@ FEATURES = "features"
 FLUSH_SECONDS = 300.0
 """A rank writes what it has after so long, also within a unit: no more than that is lost with it."""
 
-Process = Callable[[Batch, Progress], None]
+Process = Callable[[Batch], Sent | None]
+"""Computes a batch's numbers and starts them on their way; None for a batch without rows."""
 
 
 def feature_pass(work: Work, plan: Plan) -> None:
@@ -41,11 +42,9 @@ def feature_pass(work: Work, plan: Plan) -> None:
     assert work.features is not None
     shards = work.features
 
-    def process(batch: Batch, progress: Progress) -> None:
+    def process(batch: Batch) -> Sent | None:
         features = work.session.features(batch, work.config.feature_tokens)
-        if len(batch.rows):
-            shards.add(batch, features)
-            progress.update(len(batch.rows), batch.layout.segments.num_rows)
+        return Sent(batch, features=shards.send(features)) if len(batch.rows) else None
 
     _Sweep(work, plan, FEATURES, process).run()
 
@@ -57,12 +56,12 @@ def frozen_pass(work: Work, plan: Plan, step: int, prefix: str = "") -> None:
     """
     feature_tokens = work.config.feature_tokens if work.features is not None else None
 
-    def process(batch: Batch, progress: Progress) -> None:
+    def process(batch: Batch) -> Sent | None:
         found = work.session.measure(batch, feature_tokens, sketching=work.sketches is not None)
-        if len(batch.rows):
-            work.add(batch, found, step, progress)
+        return work.send(batch, found) if len(batch.rows) else None
 
-    _Sweep(work, plan, "probe" if work.scores is not None else "target", process, prefix).run()
+    label = "probe" if work.scores is not None else "target"
+    _Sweep(work, plan, label, process, step, prefix).run()
 
 
 @dataclass
@@ -73,9 +72,12 @@ class _Sweep:
     plan: Plan
     label: str
     process: Process
+    step: int = FROZEN_STEP
     prefix: str = ""
     _limit: float = float("inf")
     """Padded tokens that did not fit once: batches of as many are split before they are tried."""
+    _sent: Sent | None = None
+    """The last batch, whose numbers are asked for when the next one is under way."""
 
     def run(self) -> None:
         work, ranks = self.work, self.work.session.ranks
@@ -92,6 +94,7 @@ class _Sweep:
                 stops = self._stops()
                 late = time.monotonic() - written > FLUSH_SECONDS
                 if group >= 0 and (ends or stops or late):
+                    self._receive(progress)
                     self._flush(group, flushed, seen)
                     flushed, written = (0 if ends else seen), time.monotonic()
                 if stops:
@@ -133,11 +136,14 @@ class _Sweep:
         rows, padded = batch.rows.numpy(), batch.input_ids.numel()
         if padded < self._limit or len(rows) < 2:
             try:
-                self.process(batch, progress)
-                return
+                sent = self.process(batch)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
+            else:
+                self._receive(progress)
+                self._sent = sent
+                return
             # Only here, where the exception and the tensors that it holds are gone.
             release(self.work.session.ranks.device)
             self._limit = min(self._limit, padded)
@@ -149,6 +155,12 @@ class _Sweep:
         log.warning("%s: %s are tried as two batches", OUT_OF_MEMORY, self.work.describe(batch))
         for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
             self._try(self._collate(half), progress)
+
+    def _receive(self, progress: Progress) -> None:
+        """Add the rows of the last batch, if that has not been done."""
+        sent, self._sent = self._sent, None
+        if sent is not None:
+            self.work.receive(sent, self.step, progress)
 
     def _reject(self, row: int) -> None:
         assert self.work.scores is not None

@@ -20,9 +20,20 @@ from grads_dist.probe.progress import Progress
 from grads_dist.probe.session import Measurement, Session
 from grads_dist.runtime.journal import Journal
 from grads_dist.stats.sketch import unit_length
-from grads_dist.table.shards import FeatureShards, ScoreShards
+from grads_dist.stats.tensors import HostCopy
+from grads_dist.table.shards import FeatureShards, ScoreShards, SentScores
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A micro-batch whose numbers are on their way to the host; None: there are none of a kind."""
+
+    batch: Batch
+    scores: SentScores | None = None
+    features: HostCopy | None = None
+    sketches: HostCopy | None = None
 
 
 @dataclass(frozen=True)
@@ -56,19 +67,29 @@ class Work:
         avoid = self.session.model.anatomy.head_counts
         return collate(self.store, rows, weights, self.session.ranks.device, avoid)
 
-    def add(self, batch: Batch, found: Measurement, step: int, progress: Progress) -> np.ndarray | None:
-        """Hand what a batch gave to where it goes; returns the rows' mean log norms, if they are scored."""
-        # All that needs memory comes first: a batch that runs out of it is tried again, and must not be added
-        # twice.
-        ready = []
+    def send(self, batch: Batch, found: Measurement) -> Sent:
+        """Start what a batch gave on its way to where it goes.
+
+        All that needs memory on the device is here: a batch that runs out of it is tried again, and has not
+        been added. Numbers of one batch travel while the next is computed.
+        """
+        features = sketches = None
         if self.features is not None and found.features is not None:
-            ready.append((self.features, self.features.ready(found.features)))
+            features = self.features.send(found.features)
         if self.sketches is not None and found.sketch is not None:
-            ready.append((self.sketches, self.sketches.ready(unit_length(found.sketch))))
-        seen = None if self.scores is None else self.scores.add(batch, found.head, found.stats, step)
-        for shards, features in ready:
-            shards.add(batch, features)
-        loss, signal = seen if seen is not None else (None, None)
+            sketches = self.sketches.send(unit_length(found.sketch))
+        scores = None if self.scores is None else self.scores.send(found.head, found.stats)
+        return Sent(batch, scores, features, sketches)
+
+    def receive(self, sent: Sent, step: int, progress: Progress) -> np.ndarray | None:
+        """Hand a batch's numbers over, waiting for them; the rows' mean log norms, if they are scored."""
+        batch, loss, signal = sent.batch, None, None
+        if self.scores is not None and sent.scores is not None:
+            loss, signal = self.scores.receive(batch, sent.scores, step)
+        if self.features is not None and sent.features is not None:
+            self.features.receive(batch, sent.features)
+        if self.sketches is not None and sent.sketches is not None:
+            self.sketches.receive(batch, sent.sketches)
         progress.update(
             len(batch.rows), batch.layout.segments.num_rows, signal, loss, None if step < 0 else step
         )

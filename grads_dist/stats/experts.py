@@ -20,7 +20,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from grads_dist.stats.capture import captured
 from grads_dist.stats.gradients import Grouped, OuterProduct, SampleGradient, VectorSum
-from grads_dist.stats.segments import BatchLayout, Segments
+from grads_dist.stats.segments import BatchLayout, Segments, counts_of_sorted
 
 IMPLEMENTATION = "grads_dist"
 PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
@@ -85,8 +85,8 @@ def experts_forward(self: Any, hidden_ND: Tensor, experts_NK: Tensor, weights_NK
     """What all fused experts of transformers compute, on the layer `self`: an experts implementation."""
     num_tokens, top_k = experts_NK.shape
     experts_R, order_R = torch.sort(experts_NK.flatten(), stable=True)
-    counts = torch.bincount(experts_R, minlength=self.num_experts).tolist()
-    routed = Routed(order_R // top_k, experts_R, Segments(tuple(counts)))
+    segments = Segments(tuple(counts_of_sorted(experts_R, self.num_experts)))
+    routed = Routed(order_R // top_k, experts_R, segments)
     watchers = _WATCHED.get(self, []) if torch.is_grad_enabled() else []
     sinks = [sink for watcher in watchers if (sink := watcher()) is not None]
 

@@ -1,6 +1,6 @@
 """torch operators behind ops.py: each hands its arguments to the backend that was chosen for them.
 
-The first two return sum, sum of squares, minimum and maximum of every sample, float64 [S], and how many
+The first three return sum, sum of squares, minimum and maximum of every sample, float64 [S], and how many
 elements are not finite. Only the CUDA kernels count those themselves; with the other backends that number
 is 0. The other two are steps of the LM head's pass.
 """
@@ -80,6 +80,22 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _fake_numbers(b_ND, len(sample_runs))
+
+
+@torch.library.custom_op("grads_dist::embedding_stats", mutates_args=())
+def embedding_stats(
+    b_ND: Tensor, ids_N: Tensor, lengths: Sequence[int], num_embeddings: int, padding_idx: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Numbers of each sample's embedding gradient (cuda_rows.embedding_stats), by the CUDA kernels alone."""
+    runs = cuda_rows.find_runs(ids_N, list(lengths), num_embeddings, padding_idx)
+    return _five_numbers(cuda_rows.embedding_stats(b_ND, runs, num_embeddings))
+
+
+@embedding_stats.register_fake
+def _(
+    b_ND: Tensor, ids_N: Tensor, lengths: Sequence[int], num_embeddings: int, padding_idx: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _fake_numbers(b_ND, len(lengths))
 
 
 @torch.library.custom_op("grads_dist::softmax_gradient", mutates_args=("logits_mv", "out_mv"))

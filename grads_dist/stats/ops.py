@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from grads_dist.stats.backend import ROWS, backend_for
 from grads_dist.stats.reference import accumulation_dtype, row_sumsq
 from grads_dist.stats.segments import Segments
 from grads_dist.stats.statistics import Statistics
+from grads_dist.stats.tensors import to_device
 
 
 @dataclass
@@ -125,65 +127,90 @@ def vector_stats(x_ND: Tensor, segments: Segments, normalised: Normalised | None
 
 
 @dataclass(frozen=True)
+class Runs:
+    """Rows that belong together, those of U distinct (sample, token) pairs.
+
+    Args:
+        order_N: the rows in ascending order of (sample, token), without the padding token.
+        offsets: where each of the U pairs begins in that order, int64 [U + 1].
+        ids: token id of each pair, ascending within a sample.
+        segments: how many pairs each sample has.
+    """
+
+    order_N: Tensor
+    offsets: Tensor
+    ids: Tensor
+    segments: Segments
+
+
+@dataclass(frozen=True)
 class EmbeddingRows:
     """The touched rows of S embedding gradients: summed gradients of distinct (sample, token) pairs.
 
     Args:
         b_ND: gradient at the embedding's output, packed.
-        order_N: its rows in ascending order of (sample, token), without the padding token.
-        run_offsets: where each of the U pairs begins in that order, int64 [U + 1].
-        ids: token id of each pair, ascending within a sample.
-        segments: how many pairs each sample has.
+        ids_N: the token ids, packed likewise.
+        tokens: rows of each sample.
+        padding_idx: the token whose row gets no gradient, as in torch.nn.Embedding.
     """
 
     b_ND: Tensor
-    order_N: Tensor
-    run_offsets: Tensor
-    ids: Tensor
-    segments: Segments
+    ids_N: Tensor
+    tokens: Segments
+    padding_idx: int | None = None
+
+    @cached_property
+    def runs(self) -> Runs:
+        """The repeated token ids within each sample; a few times the host waits for how many there are."""
+        ids_N, device = self.ids_N, self.b_ND.device
+        sample_N = self.tokens.sample_of_row(device)
+        positions = torch.arange(len(ids_N), device=device)
+        if self.padding_idx is not None:
+            positions = (ids_N != self.padding_idx).nonzero().squeeze(1)
+        if not len(positions):
+            return Runs(positions, positions.new_zeros(1), positions, Segments((0,) * len(self.tokens)))
+        stride = int(ids_N.max()) + 1
+        keys, order = torch.sort((sample_N * stride + ids_N)[positions], stable=True)
+        unique_keys, counts = torch.unique_consecutive(keys, return_counts=True)
+        per_sample = torch.bincount(unique_keys // stride, minlength=len(self.tokens))
+        return Runs(
+            positions[order],
+            nn.functional.pad(counts.cumsum(0), (1, 0)),
+            unique_keys % stride,
+            Segments(tuple(per_sample.tolist())),
+        )
+
+    @property
+    def ids(self) -> Tensor:
+        """Token id of each of the U pairs."""
+        return self.runs.ids
+
+    @property
+    def segments(self) -> Segments:
+        """How many pairs each sample has."""
+        return self.runs.segments
 
     @cached_property
     def rows(self) -> Tensor:
         """The sums [U, D], in the accumulation type."""
         dtype = accumulation_dtype(self.b_ND.dtype)
-        ordered = self.b_ND.index_select(0, self.order_N).to(dtype)
+        ordered = self.b_ND.index_select(0, self.runs.order_N).to(dtype)
         if not len(self.ids):
             return ordered
-        return torch.segment_reduce(ordered, "sum", lengths=self.run_offsets.diff(), unsafe=True)
-
-
-def embedding_rows(
-    b_ND: Tensor, ids_N: Tensor, segments: Segments, padding_idx: int | None = None
-) -> EmbeddingRows:
-    """Find the repeated token ids within each sample, whose output gradients belong to one row.
-
-    Rows of `padding_idx` are left out, as torch.nn.Embedding gives that row no gradient.
-    """
-    sample_N = segments.sample_of_row(b_ND.device)
-    positions = torch.arange(len(ids_N), device=b_ND.device)
-    if padding_idx is not None:
-        positions = (ids_N != padding_idx).nonzero().squeeze(1)
-    if not len(positions):
-        empty = Segments((0,) * len(segments))
-        return EmbeddingRows(b_ND, positions, positions.new_zeros(1), positions, empty)
-    stride = int(ids_N.max()) + 1
-    keys, order = torch.sort((sample_N * stride + ids_N)[positions], stable=True)
-    unique_keys, counts = torch.unique_consecutive(keys, return_counts=True)
-    per_sample = torch.bincount(unique_keys // stride, minlength=len(segments))
-    return EmbeddingRows(
-        b_ND,
-        positions[order],
-        nn.functional.pad(counts.cumsum(0), (1, 0)),
-        unique_keys % stride,
-        Segments(tuple(per_sample.tolist())),
-    )
+        return torch.segment_reduce(ordered, "sum", lengths=self.runs.offsets.diff(), unsafe=True)
 
 
 def embedding_stats(rows: EmbeddingRows, num_embeddings: int) -> Statistics:
     """Statistics of embedding gradients [V, D] from their touched rows; absent rows count as zeros."""
-    stats = _row_sum_stats(rows.b_ND, None, rows.order_N, rows.run_offsets, rows.segments.lengths)
-    touched = rows.segments.lengths_tensor(rows.b_ND.device)
-    return stats.with_zeros(touched < num_embeddings)
+    b_ND, tokens = rows.b_ND, rows.tokens
+    if backend_for(b_ND.device, b_ND.dtype, ROWS) == "cuda":
+        # How many pairs there are stays on the device.
+        lengths, padding = list(tokens.lengths), rows.padding_idx
+        found = operators.embedding_stats(b_ND, rows.ids_N, lengths, num_embeddings, padding)
+        return Statistics(*found)
+    runs = rows.runs
+    stats = _row_sum_stats(b_ND, None, runs.order_N, runs.offsets, runs.segments.lengths)
+    return stats.with_zeros(runs.segments.lengths_tensor(b_ND.device) < num_embeddings)
 
 
 def _row_sum_stats(
@@ -239,23 +266,25 @@ def grouped_stats(present: Statistics, segments: Segments, num_groups: int) -> S
         segments: all G * S segments, those of the first group first; empty ones are zero gradients.
         num_groups: G.
     """
-    num_samples = len(segments) // num_groups
-    lengths = segments.lengths_tensor(present.sum.device)
-    sample_of_segment = torch.arange(num_samples, device=lengths.device).repeat(num_groups)[lengths > 0]
+    num_samples, device = len(segments) // num_groups, present.sum.device
+    owners = np.flatnonzero(segments.lengths) % num_samples
+    order, owner = (to_device(x, torch.int64, device) for x in (np.argsort(owners, kind="stable"), owners))
+    groups_of = Segments(tuple(np.bincount(owners, minlength=num_samples).tolist()))
 
     def fold(values: Tensor, reduce: str, neutral: float) -> Tensor:
-        out = torch.full((num_samples,), neutral, dtype=values.dtype, device=values.device)
-        return out.scatter_reduce_(0, sample_of_segment, values, reduce)
+        out = torch.full((num_samples,), neutral, dtype=values.dtype, device=device)
+        return out.scatter_reduce_(0, owner, values, reduce)
 
+    # Two columns are added group by group, in order; `scatter_reduce_` adds in any order on a GPU.
+    sums = groups_of.reduce(torch.stack([present.sum, present.sumsq], 1).index_select(0, order), "sum")
     stats = Statistics(
-        sum=fold(present.sum, "sum", 0.0),
-        sumsq=fold(present.sumsq, "sum", 0.0),
+        sum=sums[:, 0],
+        sumsq=sums[:, 1],
         min=fold(present.min, "amin", torch.inf),
         max=fold(present.max, "amax", -torch.inf),
         nonfinite=fold(present.nonfinite, "sum", 0),
     )
-    reached = torch.bincount(sample_of_segment, minlength=num_samples)
-    return stats.with_zeros(reached < num_groups)
+    return stats.with_zeros(groups_of.lengths_tensor(device) < num_groups)
 
 
 def ragged_row_stats(rows_UD: Tensor, segments: Segments) -> Statistics:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from grads_dist.stats.segments import BatchLayout
 from grads_dist.stats.sketch import Sketcher, sketch
 from grads_dist.stats.statistics import Statistics
 from grads_dist.stats.targets import TIED, Targets
+from grads_dist.stats.tensors import to_device
 
 
 class Recorder:
@@ -173,10 +175,11 @@ def _merged(names: tuple[str, ...], per_parameter: dict[str, Statistics]) -> Sta
     return merged
 
 
-def distinct_ids(ids_ST: Tensor, layout: BatchLayout, padding_idx: int | None) -> tuple[Tensor, ...]:
+def distinct_ids(
+    tokens: Sequence[np.ndarray], padding_idx: int | None, device: torch.device
+) -> tuple[Tensor, ...]:
     """Each sample's sorted distinct token ids but `padding_idx`: the rows its embedding gradient touches."""
-    kept = []
-    for row, length in zip(ids_ST, layout.segments.lengths, strict=True):
-        ids = torch.unique(row[:length])
-        kept.append(ids if padding_idx is None else ids[ids != padding_idx])
-    return tuple(kept)
+    kept = [np.unique(ids) for ids in tokens]
+    if padding_idx is not None:
+        kept = [ids[ids != padding_idx] for ids in kept]
+    return to_device(np.concatenate(kept), torch.int64, device).split([len(ids) for ids in kept])

@@ -173,7 +173,7 @@ def embedding(module: nn.Module, ids: Tensor, b: Tensor, layout: BatchLayout) ->
     """Row v: sum of b_t over the positions that hold token v; absent rows are zero and count."""
     b_ND, segments = layout.pack(b.expand(*ids.shape, b.shape[-1]), b.shape[-1])
     ids_N = layout.pack(ids, 1)[0].flatten()
-    rows = ops.embedding_rows(b_ND, ids_N, segments, module.padding_idx)  # type: ignore[arg-type]
+    rows = ops.EmbeddingRows(b_ND, ids_N, segments, module.padding_idx)  # type: ignore[arg-type]
     return {"weight": TouchedRows(rows, module.num_embeddings)}  # type: ignore[arg-type]
 
 

@@ -14,6 +14,12 @@ from torch import Tensor
 from grads_dist.stats.tensors import to_device
 
 
+def counts_of_sorted(values_N: Tensor, size: int) -> list[int]:
+    """How often each of 0, 1, ..., size - 1 is among sorted integers; the host waits for it, once."""
+    ends = torch.searchsorted(values_N, torch.arange(size, device=values_N.device), right=True)
+    return list(ends.diff(prepend=ends.new_zeros(1)).tolist())
+
+
 @dataclass(frozen=True)
 class Segments:
     """Consecutive runs of packed rows, one a sample.
@@ -141,9 +147,9 @@ class BatchLayout:
             real = torch.zeros(self.num_slots, dtype=torch.bool, device=slots_R.device)
             real[self._kept_slots(slots_R.device)] = True
             key_R = torch.where(real[slots_R], key_R, num_groups * samples)
-        counts = torch.bincount(key_R, minlength=num_groups * samples + 1)[:-1].tolist()
-        segments = Segments(tuple(counts))
-        return torch.argsort(key_R, stable=True)[: segments.num_rows], segments
+        sorted_R, order_R = torch.sort(key_R, stable=True)
+        segments = Segments(tuple(counts_of_sorted(sorted_R, num_groups * samples)))
+        return order_R[: segments.num_rows], segments
 
     def _whole_samples(self, x: Tensor, num_features: int) -> tuple[Tensor, Segments]:
         rows = x.reshape(-1, num_features)

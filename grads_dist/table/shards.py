@@ -6,6 +6,7 @@ A shard appears under its final name only when it is complete.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -16,11 +17,11 @@ import torch
 from torch import Tensor
 
 from grads_dist.data.store import TokenStore
-from grads_dist.model.probed import Batch
 from grads_dist.runtime.rundir import atomic_write
 from grads_dist.stats.head_request import HeadResult
 from grads_dist.stats.statistics import Statistics
 from grads_dist.stats.targets import Targets
+from grads_dist.stats.tensors import HostCopy
 from grads_dist.table.notes import Notes
 from grads_dist.table.schema import STATISTICS, score_schema
 
@@ -73,6 +74,17 @@ class Seen(NamedTuple):
     """Mean over the targets of the log gradient norms; NaN for a row that is not finite."""
 
 
+@dataclass(frozen=True)
+class SentScores:
+    """A micro-batch's columns of the score table on their way to the host."""
+
+    names: tuple[str, ...]
+    values: HostCopy
+    """Float64 [columns, S]."""
+    targets: tuple[str, ...]
+    head_counts: tuple[int, int, int]
+
+
 class ScoreShards:
     """Collects rows of the score table and writes them as Parquet shards into `folder`.
 
@@ -94,22 +106,34 @@ class ScoreShards:
 
     def add(self, batch: RowBatch, head: HeadResult, stats: dict[str, Statistics], step: int) -> Seen:
         """Add the rows of one micro-batch."""
+        return self.receive(batch, self.send(head, stats), step)
+
+    def send(self, head: HeadResult, stats: dict[str, Statistics]) -> SentScores:
+        """Start what a micro-batch gave on its way to the host; nothing is added yet.
+
+        What memory is needed on the device, this needs.
+        """
         named = {"loss": head.losses.double(), "el2n": head.el2n.double()}
         for target, found in stats.items():
             named.update(_columns(target, found, self._targets.numel[target]))
         # One copy from the device for all of them.
-        values = torch.stack(list(named.values())).cpu().numpy()
-        columns = dict(zip(named, values, strict=True))
+        values = HostCopy(torch.stack(list(named.values())))
+        counts = (head.num_certified, head.rows_formed, head.num_formed_whole)
+        return SentScores(tuple(named), values, tuple(stats), counts)
+
+    def receive(self, batch: RowBatch, sent: SentScores, step: int) -> Seen:
+        """Add the rows of a micro-batch when its numbers have come."""
+        columns = dict(zip(sent.names, sent.values.numpy(), strict=True))
         columns["row"] = batch.rows.numpy()
         columns["step"] = np.full(len(batch.rows), step, dtype=np.int32)
         columns["checkpoint"] = np.full(len(batch.rows), self._checkpoint, dtype=np.int32)
-        columns["finite"] = _finite(columns, list(stats))
+        columns["finite"] = _finite(columns, sent.targets)
         self._parts.append(columns)
         self.num_nonfinite += int((~columns["finite"]).sum())
         self.num_rows += len(batch.rows)
-        self._notes.head_counts += (head.num_certified, head.rows_formed, head.num_formed_whole)
+        self._notes.head_counts += sent.head_counts
         with np.errstate(divide="ignore", invalid="ignore"):
-            signal = np.mean([np.log(columns[f"{target}.norm"]) for target in stats], axis=0)
+            signal = np.mean([np.log(columns[f"{target}.norm"]) for target in sent.targets], axis=0)
         return Seen(columns["loss"], np.where(columns["finite"], signal, np.nan))
 
     def reject(self, row: int, reason: str) -> None:
@@ -155,7 +179,7 @@ def _columns(target: str, found: Statistics, numel: int) -> dict[str, Tensor]:
     return {f"{target}.{name}": value for name, value in values.items()}
 
 
-def _finite(columns: dict[str, np.ndarray], targets: list[str]) -> np.ndarray:
+def _finite(columns: dict[str, np.ndarray], targets: Sequence[str]) -> np.ndarray:
     """Rows whose loss and gradients are finite throughout."""
     finite = np.isfinite(columns["loss"]) & np.isfinite(columns["el2n"])
     for target in targets:
@@ -191,18 +215,21 @@ class FeatureShards:
         self._features: list[np.ndarray] = []
         self.num_rows = 0
 
-    def ready(self, features_SD: Tensor) -> np.ndarray:
-        """Features as they are written, projected if they have more dimensions than wanted, on the host."""
+    def add(self, batch: RowBatch, features_SD: Tensor) -> None:
+        """Add the features of one micro-batch."""
+        self.receive(batch, self.send(features_SD))
+
+    def send(self, features_SD: Tensor) -> HostCopy:
+        """Start a micro-batch's features on their way to the host, as they are written: projected if they
+        have more dimensions than wanted. Nothing is added yet."""
         if self._projection is not None:
             features_SD = features_SD @ self._projection
-        clipped = features_SD.clamp(-FLOAT16_MAX, FLOAT16_MAX)
-        return clipped.to(torch.float16).cpu().numpy()
+        return HostCopy(features_SD.clamp(-FLOAT16_MAX, FLOAT16_MAX).to(torch.float16))
 
-    def add(self, batch: Batch, features_SD: Tensor | np.ndarray) -> None:
-        """Add the features of one micro-batch, as the model gives them or `ready`."""
-        ready = self.ready(features_SD) if isinstance(features_SD, Tensor) else features_SD
+    def receive(self, batch: RowBatch, sent: HostCopy) -> None:
+        """Add the features of a micro-batch when they have come."""
         self._rows.append(batch.rows.numpy())
-        self._features.append(ready)
+        self._features.append(sent.numpy())
         self.num_rows += len(batch.rows)
 
     def flush(self, name: str) -> None:

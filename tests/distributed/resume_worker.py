@@ -48,13 +48,13 @@ def stopping_after(micro_batches: int | None) -> Iterator[None]:
 def counting() -> Iterator[list[int]]:
     """Rows that this rank adds to the score table; the list's sum."""
     counts: list[int] = []
-    add = ScoreShards.add
+    receive = ScoreShards.receive
 
     def call(self, batch, *args, **kwargs):
         counts.append(len(batch.rows))
-        return add(self, batch, *args, **kwargs)
+        return receive(self, batch, *args, **kwargs)
 
-    with mock.patch.object(ScoreShards, "add", call):
+    with mock.patch.object(ScoreShards, "receive", call):
         yield counts
 
 
@@ -77,18 +77,18 @@ def short_of_memory(room: int | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def failing_once_in_add(fails: bool) -> Iterator[None]:
+def failing_once_on_the_way(fails: bool) -> Iterator[None]:
     """Let the statistics of the first batch with several rows find no memory on their way to the host."""
-    add = ScoreShards.add
+    send = ScoreShards.send
 
-    def call(self, batch, *args, **kwargs):
+    def call(self, head, stats):
         nonlocal fails
-        if fails and len(batch.rows) > 1:
+        if fails and len(head.losses) > 1:
             fails = False
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate too much.")
-        return add(self, batch, *args, **kwargs)
+        return send(self, head, stats)
 
-    with mock.patch.object(ScoreShards, "add", call):
+    with mock.patch.object(ScoreShards, "send", call):
         yield
 
 
@@ -113,7 +113,7 @@ def attempt(job: dict) -> dict:
         stopping_after(job.get("stop_after")),
         short_of_memory(job.get("room")),
         spoiling(job.get("spoil", [])),
-        failing_once_in_add(job.get("fail_in_add", False)),
+        failing_once_on_the_way(job.get("fail_in_add", False)),
         counting() as counts,
     ):
         try:
