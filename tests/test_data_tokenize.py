@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -283,6 +284,19 @@ def test_cache_is_hit_only_when_nothing_that_matters_changed(
     monkeypatch.setattr(tokenize_module, "_run", lambda *_: pytest.fail("tokenized again"))
     assert build(tmp_path, path, model, num_workers=2, format="messages").path == first.path
     assert [p.name for p in first.path.parent.glob("tmp-*")] == []
+
+
+def test_what_a_killed_attempt_has_left_is_removed(tmp_path: Path, model: Path) -> None:
+    """And nothing of another store, which may be under way."""
+    path = write_jsonl(tmp_path / "a.jsonl", [chat("hello", "the fox"), chat("a", "b")])
+    store = build(tmp_path, path, model)
+    shutil.rmtree(store.path)
+    own, other = (store.path.with_name(f"tmp-{name}-0123") for name in (store.path.name, "f" * 32))
+    for folder in (own, other):
+        folder.mkdir()
+        (folder / "tokens.npy").write_bytes(b"torn")
+    assert build(tmp_path, path, model).path == store.path
+    assert {path.name for path in store.path.parent.iterdir()} == {store.path.name, other.name}
 
 
 def test_corpus_without_a_usable_row_names_the_most_frequent_reason(tmp_path: Path, model: Path) -> None:

@@ -21,7 +21,7 @@ def publish(final: Path) -> Iterator[Path]:
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         # With the usual permissions, not private: other ranks may run as another user of the same group.
-        temporary = final.parent / f"tmp-{secrets.token_hex(8)}"
+        temporary = final.parent / f"tmp-{final.name}-{secrets.token_hex(8)}"
         temporary.mkdir()
     except OSError as error:
         raise ConfigError(
@@ -35,6 +35,15 @@ def publish(final: Path) -> Iterator[Path]:
         _rename(temporary, final)
         sync(final.parent)
     finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(final: Path) -> None:
+    """Remove what attempts at `final`, which is there now, have left behind when they were killed.
+
+    One that is still under way finds its folder gone, and `final` instead.
+    """
+    for temporary in final.parent.glob(f"tmp-{final.name}-*"):
         shutil.rmtree(temporary, ignore_errors=True)
 
 

@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from grads_dist.data.cache import publish
+from grads_dist.data.cache import publish, remove_leftovers
 from grads_dist.data.config import DataConfig
 from grads_dist.data.corpus import Corpus
 from grads_dist.data.detect import resolve_formats
@@ -71,6 +71,7 @@ def tokenize(
             shutil.rmtree(pieces, ignore_errors=True)
             raise
         shutil.rmtree(pieces, ignore_errors=True)
+        remove_leftovers(folder)
     store = TokenStore.open(folder)
     _report(store)
     return store
