@@ -198,11 +198,14 @@ class Ranks:
         return stopping.requested()
 
     def any_of(self, *flags: bool) -> tuple[bool, ...]:
-        """For each flag, whether it is set on any rank. Collective, on the device, for use in every step."""
+        """For each flag, whether it is set on any rank. Collective, for use in every step.
+
+        Between the hosts: on a GPU the answer would come behind all work that is queued there.
+        """
         if self.world_size == 1:
             return flags
-        found = torch.tensor(flags, dtype=torch.int32, device=self.device)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
+        found = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self._control)
         return tuple(bool(flag) for flag in found.tolist())
 
     def meet(self) -> None:

@@ -21,6 +21,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from grads_dist.stats.capture import captured
 from grads_dist.stats.gradients import Grouped, OuterProduct, SampleGradient, VectorSum
 from grads_dist.stats.segments import BatchLayout, Segments, counts_of_sorted
+from grads_dist.stats.tensors import to_device
 
 IMPLEMENTATION = "grads_dist"
 PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
@@ -107,7 +108,7 @@ def _linear(layer: Any, parameter: str, x_RD: Tensor, routed: Routed, sinks: lis
     weight = getattr(layer, parameter)
     weight_EDP = weight if layer.is_transposed else weight.transpose(1, 2)
     if x_RD.is_cuda and weight.dtype == torch.bfloat16:
-        ends = torch.tensor(routed.segments.offsets[1:], dtype=torch.int32, device=x_RD.device)
+        ends = to_device(routed.segments.offsets[1:], torch.int32, x_RD.device)
         output_RP = nn.functional.grouped_mm(x_RD.to(weight.dtype), weight_EDP, offs=ends)
     else:
         parts = zip(x_RD.split(routed.segments.lengths), weight_EDP.unbind(0), strict=True)

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from grads_dist.stats.tensors import to_device
+
 NO_NORM, RMS_NORM, LAYER_NORM = 0, 1, 2
 
 
@@ -45,7 +47,7 @@ def outer_product_stats(
     if not lengths:
         return (torch.empty(0, dtype=torch.float64, device=b_NP.device),) * 4
     row_products = b_NP.sum(1, dtype=torch.float64) * a_ND.sum(1, dtype=torch.float64)
-    total = segment_sum(row_products, torch.tensor(lengths, device=b_NP.device))
+    total = segment_sum(row_products, to_device(lengths, torch.int64, b_NP.device))
     return total, torch.stack(sumsq), torch.stack(low).double(), torch.stack(high).double()
 
 
@@ -76,7 +78,7 @@ def row_sum_stats(
         rows = torch.segment_reduce(product, "sum", lengths=run_offsets.diff(), axis=0, initial=0.0)
     if rows_UD is not None:
         rows_UD.copy_(rows)
-    return ragged_row_stats(rows, torch.tensor(sample_runs, device=b_ND.device))
+    return ragged_row_stats(rows, to_device(sample_runs, torch.int64, b_ND.device))
 
 
 def ragged_row_stats(rows_UD: Tensor, counts_S: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

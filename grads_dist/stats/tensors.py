@@ -22,11 +22,13 @@ class HostCopy:
     """
 
     def __init__(self, x: Tensor) -> None:
-        self._host, self._arrived = x, None
-        if x.device.type == "cuda":
-            self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-            self._host.copy_(x, non_blocking=True)
-            self._arrived = torch.cuda.current_stream(x.device).record_event()
+        self._arrived = None
+        if x.device.type != "cuda":
+            self._host = x.cpu()
+            return
+        self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        self._host.copy_(x, non_blocking=True)
+        self._arrived = torch.cuda.current_stream(x.device).record_event()
 
     def numpy(self) -> np.ndarray:
         """Its values; here the host waits for them."""
