@@ -53,6 +53,26 @@ def test_a_router_balance_loss():
         pass_over(model, batch_of(Rows.random(3)))
 
 
+FURTHER_TERMS = {
+    "distillation": lambda logits: 0.5 * logits.log_softmax(-1)[..., 7].mean(),
+    "z-loss": lambda logits: logits.logsumexp(-1).square().mean(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FURTHER_TERMS)
+def test_a_further_term_of_the_logits(name, dtype):
+    model, batch = tiny_model("llama").to(dtype), batch_of(Rows.random(4))
+    with grads_dist.record(model, ["lm_head"]) as recording:
+        output = model(**batch)
+        (8 * output.loss / 3).backward()  # itself by any factor
+        recording.statistics()
+    with pytest.raises(ConfigError, match="something else is computed of them, such as a distillation"):
+        with grads_dist.record(model, ["lm_head"]):
+            output = model(**batch)
+            (output.loss + FURTHER_TERMS[name](output.logits)).backward()
+
+
 def test_a_loss_of_the_models_own():
     """Found by value, whatever it is."""
     model = tiny_model("llama")

@@ -5,7 +5,7 @@ Shape legend: S samples, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,14 @@ from torch import Tensor
 
 from grads_dist.errors import ConfigError
 from grads_dist.library.inputs import Inputs, Labels
-from grads_dist.library.losses import check_model_loss, factors_of, losses_of
+from grads_dist.library.losses import (
+    SampleError,
+    check_logit_gradient,
+    check_model_loss,
+    factors_of,
+    losses_of,
+    sample_error,
+)
 from grads_dist.stats.head_request import HeadResult
 
 
@@ -77,6 +84,8 @@ class RecordedBatch:
                     check_model_loss(loss, self.losses, labels, coarse)
             if loss.requires_grad:
                 loss.register_hook(self._take_loss_gradient)
+                if self._check and logits.requires_grad:
+                    logits.register_hook(self._compare_with(sample_error(logits.detach(), labels), labels))
         else:
             raise ConfigError(
                 "record: the model is given labels and returns no output with a loss and logits; allowed: "
@@ -86,6 +95,15 @@ class RecordedBatch:
     def watch_losses(self, losses: Tensor) -> None:
         """Learn each sample's factor from the gradient at its loss [S]."""
         losses.register_hook(self._take_factors)
+
+    def _compare_with(self, expected: SampleError | None, labels: Labels) -> Callable[[Tensor], None]:
+        """A hook on the logits that refuses a gradient which is not the loss' alone."""
+
+        def compare(gradient: Tensor) -> None:
+            if expected is not None and self._loss_gradient is not None and not self._closed:
+                check_logit_gradient(gradient, expected, self._loss_gradient * labels.shares())
+
+        return compare
 
     def _watch_log_probs(self, output: Any, labels: Labels, head: HeadResult) -> None:
         self.losses, self.el2n = head.losses, head.el2n

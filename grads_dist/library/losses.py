@@ -5,6 +5,8 @@ Shape legend: S samples, T tokens, n label positions of one sample, V vocabulary
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -52,6 +54,56 @@ def check_model_loss(loss: Tensor, losses_S: Tensor, labels: Labels, dtype: torc
             f"record: the model's loss is {found.item():.6g}, and the mean cross-entropy of its labels "
             f"{expected.item():.6g}: something else is in it, such as a router's balance loss; switch "
             f"that off"
+        )
+
+
+@dataclass(frozen=True)
+class SampleError:
+    """The gradient of one sample's mean loss at its logits, at some of its label positions.
+
+    Args:
+        sample: which one.
+        positions: of the tokens, int64 [n].
+        gradient: softmax minus one-hot over the sample's number of label tokens, float32 or better [n, V].
+    """
+
+    sample: int
+    positions: Tensor
+    gradient: Tensor
+
+
+def sample_error(logits_STV: Tensor, labels: Labels, most: int = 16) -> SampleError | None:
+    """That of the first sample with labels, at no more than `most` positions; None without labels."""
+    sample = next((s for s, length in enumerate(labels.layout.segments.lengths) if length), None)
+    if sample is None:
+        return None
+    targets_T = labels.targets_ST[sample]
+    positions = (targets_T != -100).nonzero().squeeze(1)
+    count, positions = len(positions), positions[:most]
+    x_nV = logits_STV[sample].index_select(0, positions)
+    d_nV = x_nV.to(accumulation_dtype(x_nV.dtype)).softmax(1)
+    d_nV.scatter_add_(1, targets_T[positions, None], -torch.ones_like(d_nV[:, :1]))
+    return SampleError(sample, positions, d_nV / count)
+
+
+def check_logit_gradient(gradient_STV: Tensor, expected: SampleError, factors_S: Tensor) -> None:
+    """Compare the objective's gradient at one sample's logits with the model's loss' alone.
+
+    Raises ConfigError where another term goes through the logits: the statistics would be of both, divided
+    by the factor of one.
+    """
+    found = gradient_STV[expected.sample].index_select(0, expected.positions).to(expected.gradient.dtype)
+    loss_alone = expected.gradient * factors_S[expected.sample].to(expected.gradient.dtype)
+    kind = torch.finfo(gradient_STV.dtype)
+    # transformers forms a loss in float32 whatever the model's type.
+    tolerance = 8 * kind.eps if gradient_STV.dtype.itemsize == 2 else 1024 * torch.finfo(torch.float32).eps
+    difference, largest = (found - loss_alone).abs().max(), loss_alone.abs().max()
+    # Below its smallest normal number float16 keeps few digits.
+    if difference.isfinite() and difference > tolerance * largest + kind.tiny:
+        raise ConfigError(
+            "record: the gradient at the logits is not that of the model's loss alone: something else is "
+            "computed of them, such as a distillation or z-loss; allowed: the sum of both, one a sample, "
+            "through recording.sample_losses, and no labels for the model"
         )
 
 
