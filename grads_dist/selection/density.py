@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.fft import dct
 from scipy.optimize import brentq
-from scipy.signal import fftconvolve
 
 from grads_dist.selection.config import Bandwidth
 from grads_dist.selection.ranks import is_constant
@@ -59,6 +58,9 @@ def gaussian_kde(signal: np.ndarray, bandwidth: float) -> np.ndarray:
     Points are binned linearly and the result is interpolated. The grid has 128 points a bandwidth, which
     keeps the relative error below 1e-3 even on steep flanks.
     """
+    # Its import takes a third of a second, which every rank of a probe would pay.
+    from scipy.signal import fftconvolve
+
     low = float(signal.min()) - _REACH * bandwidth
     width = float(np.ptp(signal)) + 2 * _REACH * bandwidth
     num_points = int(min(_MAX_GRID, width / bandwidth * _GRID_PER_BANDWIDTH)) + 2
