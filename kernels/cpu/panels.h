@@ -48,13 +48,14 @@ inline int64_t num_rows(int64_t tokens) {
 
 // One token, or two side by side, of columns that are all there.
 inline void pack_token(const float* token, const float*, int width, float* dst) {
-  for (int c = 0; c < width; c++) dst[c] = token[c];
+  std::memcpy(dst, token, sizeof(*dst) * width);
 }
-inline void pack_token(const uint16_t* token, const uint16_t*, int width, float* dst) {
+inline void pack_token(const uint16_t* __restrict token, const uint16_t*, int width, float* __restrict dst) {
   for (int c = 0; c < width; c++) dst[c] = as_float(token[c]);
 }
 // `next` is null behind an odd last token.
-inline void pack_token(const uint16_t* token, const uint16_t* next, int width, uint32_t* dst) {
+inline void pack_token(const uint16_t* __restrict token, const uint16_t* __restrict next, int width,
+                       uint32_t* __restrict dst) {
   if (next) {
     for (int c = 0; c < width; c++) dst[c] = token[c] | static_cast<uint32_t>(next[c]) << 16;
   } else {

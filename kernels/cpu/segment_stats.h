@@ -13,39 +13,75 @@
 
 namespace {
 
-// Tokens of one chunk of samples: their panels of A stay in the first two cache levels.
-constexpr int64_t kChunkTokens = 512;
 // Tokens whose products are summed in registers before they are added to the rest.
 constexpr int64_t kBlockTokens = 256;
-// Bytes of panels of B that one thread goes through for each panel of A, and at most how many.
-constexpr int64_t kGroupBytes = (kLanes == 16 ? 512 : 128) << 10;
-constexpr int64_t kGroupPanels = 16;
 // Tokens that one thread packs at a time; a multiple of a row's.
 constexpr int64_t kPackTokens = 32;
+// Bytes of panels of B that one thread goes through for each panel of A, and at most how many.
+constexpr int64_t kGroupBytes = (kLanes == 16 ? 512 : 128) << 10;
+#ifndef GP
+#define GP 16
+#endif
+#ifndef RR
+#define RR 2
+#endif
+#ifndef LP
+#define LP 8
+#endif
+#ifndef CH
+#define CH 256
+#endif
+constexpr int64_t kGroupPanels = GP;
 // Panels of A that share what was fetched of one block of a long sample.
-constexpr int64_t kLongPanels = 8;
+constexpr int64_t kLongPanels = LP;
+
+// Tokens of one chunk of samples: their panels of A stay in the first two cache levels. AMX is so fast that it pays to
+// keep them in the first; but the batch's weight gradient is read and written once a chunk.
+inline int64_t chunk_tokens(const gd_outer_product& q) {
+#ifdef GD_BF16_TILES
+  if (!q.total) return CH;
+#endif
+  return 512;
+}
+
+// Panels of B that a thread goes through at a time: as many as the cache holds, and of such groups some for each thread,
+// so that all end together.
+inline int64_t group_panels(int64_t num_panels, int64_t panel_bytes, int64_t num_threads) {
+  const int64_t most = greater(1, lesser(kGroupPanels, kGroupBytes / panel_bytes));
+  const int64_t rounds = greater(RR, ceil_div(num_panels, num_threads * most));
+  return ceil_div(num_panels, num_threads * rounds);
+}
 
 struct Tile {
   Vec x[kRows][kVectors];
 };
 
 #ifndef GD_BF16_TILES
-struct Tiles {};
+struct Tiles {
+  Tiles() {}
+};
 #endif
 
-// tile = sum over tokens of b_t a_t^T, from `rows` rows of both panels.
-template <typename T, typename Element = typename Panels<T>::Element>
+// tile = sum over tokens of b_t a_t^T, from `rows` rows of both panels. `before` is done before the tile is written.
+template <typename T, typename Before, typename Element = typename Panels<T>::Element>
 inline __attribute__((always_inline)) void multiply(int64_t rows, const Element* __restrict a,
-                                                    const Element* __restrict b, Tile& tile) {
+                                                    const Element* __restrict b, Tile& tile, Before before) {
 #ifdef GD_BF16_TILES
-  multiply_tiles(rows, a, b, tile.x);
+  multiply_tiles(rows, a, b);
+  before();
+  store_tiles(tile.x);
 #else
+  before();
   Vec acc[kRows][kVectors];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; i++)
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; v++) acc[i][v] = Vec{};
   for (int64_t r = 0; r < rows; r++, a += kCols, b += kRows) {
+    if (kLanes == 16) {
+      __builtin_prefetch(b + 16 * kRows);
+      for (int c = 0; c < kCols; c += 16) __builtin_prefetch(a + 8 * kCols + c);
+    }
     typename Panels<T>::ElementVec av[kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; v++) av[v] = load_row(a + v * kLanes);
@@ -76,12 +112,11 @@ inline __attribute__((always_inline)) void reduce_whole(const Tile& tile, Partia
     low[c] = high[c] = tile.x[c / 2][c % 2];
     squares[c] = low[c] * low[c];
   }
-#pragma GCC unroll 16
-  for (int i = 2; i < kRows; i++)
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; v++) {
-      const Vec x = tile.x[i][v];
-      const int c = i % 2 * 2 + v;
+#pragma GCC unroll 1
+  for (int i = 2; i < kRows; i += 2)
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; c++) {
+      const Vec x = tile.x[i + c / 2][c % 2];
       low[c] = smaller(low[c], x);
       high[c] = larger(high[c], x);
       squares[c] += x * x;
@@ -89,11 +124,9 @@ inline __attribute__((always_inline)) void reduce_whole(const Tile& tile, Partia
   partial.low = smaller(partial.low, smaller(smaller(low[0], low[1]), smaller(low[2], low[3])));
   partial.high = larger(partial.high, larger(larger(high[0], high[1]), larger(high[2], high[3])));
   // float32 within the tile, float64 across tiles.
-  partial.sumsq += __builtin_convertvector((squares[0] + squares[1]) + (squares[2] + squares[3]), DVec);
+  partial.sumsq += widen((squares[0] + squares[1]) + (squares[2] + squares[3]));
   if (!kSum) return;
-#pragma GCC unroll 16
   for (int i = 0; i < kRows; i++)
-#pragma GCC unroll 2
     for (int v = 0; v < kVectors; v++) sum.x[i][v] += tile.x[i][v] * weight;
 }
 
@@ -109,7 +142,7 @@ inline void reduce_edge(const Tile& tile, int rows, int cols, Partial& partial, 
       squares[l] += x * x;
       sum.x[i][c / kLanes][l] += x * weight;
     }
-  partial.sumsq += __builtin_convertvector(squares, DVec);
+  partial.sumsq += widen(squares);
 }
 
 inline void add_to_matrix(const Tile& sum, int rows, int cols, float* total, int64_t ld) {
@@ -133,7 +166,7 @@ inline double row_sum(const T* row, int64_t count) {
   DVec lanes[2] = {};
   int64_t c = 0;
   for (; c + 2 * kLanes <= count; c += 2 * kLanes)
-    for (int k = 0; k < 2; k++) lanes[k] += __builtin_convertvector(load(row + c + k * kLanes), DVec);
+    for (int k = 0; k < 2; k++) lanes[k] += widen(load(row + c + k * kLanes));
   double sum = 0;
   for (; c < count; c++) sum += as_float(row[c]);
   const DVec all = lanes[0] + lanes[1];
@@ -152,7 +185,7 @@ inline void count_rows(const gd_outer_product& q, int64_t* rows) {
 template <typename T>
 inline int64_t chunk_end(const gd_outer_product& q, const int64_t* rows, int64_t first) {
   int64_t last = first + 1;
-  while (last < q.num_samples && (rows[last + 1] - rows[first]) * Panels<T>::kTokens <= kChunkTokens) last++;
+  while (last < q.num_samples && (rows[last + 1] - rows[first]) * Panels<T>::kTokens <= chunk_tokens(q)) last++;
   return last;
 }
 
@@ -183,10 +216,11 @@ inline void pack_share(const gd_outer_product& q, const Chunk<T>& c, double* pro
       if (turn++ % omp_get_num_threads() != omp_get_thread_num()) continue;
       const int64_t count = lesser(q.offsets[s + 1] - t, kPackTokens);
       const int64_t row = c.row(s) + (t - q.offsets[s]) / Panels<T>::kTokens;
-      pack_panels<kRight>(a + t * q.lda, q.lda, count, q.num_a_cols, c.rows(), c.a_rows(0, row));
-      pack_panels<kLeft>(b + t * q.ldb, q.ldb, count, q.num_b_cols, c.rows(), c.b_rows(0, row));
+      // First what goes along the rows, which the processor fetches ahead; the panels then find them in the cache.
       for (int64_t u = t; u < t + count; u++)
         products[u - c.begin] = row_sum(b + u * q.ldb, q.num_b_cols) * row_sum(a + u * q.lda, q.num_a_cols);
+      pack_panels<kRight>(a + t * q.lda, q.lda, count, q.num_a_cols, c.rows(), c.a_rows(0, row));
+      pack_panels<kLeft>(b + t * q.ldb, q.ldb, count, q.num_b_cols, c.rows(), c.b_rows(0, row));
     }
 }
 
@@ -231,37 +265,60 @@ inline void add_to_total(const Place& p, const Tile& sum) {
 
 // The tile of one sample that is not longer than a chunk, in blocks of tokens: a float32 sum of thousands of terms
 // loses digits.
-template <typename T>
+template <typename T, typename Before>
 inline __attribute__((always_inline)) void multiply_blocks(const Chunk<T>& c, int64_t i, int64_t j, int64_t s,
-                                                           Tile& tile) {
+                                                           Tile& tile, Before before) {
   constexpr int64_t kBlockRows = kBlockTokens / Panels<T>::kTokens;
   const int64_t begin = c.row(s), end = c.row(s + 1);
-  multiply<T>(lesser(end - begin, kBlockRows), c.a_rows(j, begin), c.b_rows(i, begin), tile);
+  multiply<T>(lesser(end - begin, kBlockRows), c.a_rows(j, begin), c.b_rows(i, begin), tile, before);
   for (int64_t r = begin + kBlockRows; r < end; r += kBlockRows) {
     Tile block;
-    multiply<T>(lesser(end - r, kBlockRows), c.a_rows(j, r), c.b_rows(i, r), block);
+    multiply<T>(lesser(end - r, kBlockRows), c.a_rows(j, r), c.b_rows(i, r), block, [] {});
     add(tile, block);
   }
+}
+
+// A tile that waits for its reduction. That comes after the next tile's products have begun: AMX works on them meanwhile.
+struct Work {
+  Tile tile;
+  Place place;
+  bool first, last;  // of those that go into one tile of the batch's weight gradient
+  Partial* partial;  // null before the first
+  float weight;
+};
+
+inline void finish(const Work& w, Tile& sum) {
+  if (!w.partial) return;
+  if (w.first && w.place.total) sum = Tile{};
+  reduce(w.place, w.tile, *w.partial, w.weight, sum);
+  if (w.last) add_to_total(w.place, sum);
 }
 
 // All tiles of the row panels [i_begin, i_end): statistics into `partials`, the weighted sum into the matrix.
 template <typename T>
 inline void run_group(const gd_outer_product& q, const Chunk<T>& c, int64_t i_begin, int64_t i_end,
                       Partial* partials) {
-  const int64_t count = c.last - c.first;
+  int64_t first = c.first, last = c.last;
+  while (first < last && c.row(first) == c.row(first + 1)) first++;
+  while (first < last && c.row(last - 1) == c.row(last)) last--;
+  Work w;
+  w.partial = nullptr;
+  Tile sum;
   for (int64_t j = 0; j < ceil_div(q.num_a_cols, kCols); j++)
     for (int64_t i = i_begin; i < i_end; i++) {
       const Place p = place(q, i, j);
       fetch_total(p);
-      Tile sum{};
-      for (int64_t s = c.first; s < c.last; s++) {
+      for (int64_t s = first; s < last; s++) {
         if (c.row(s) == c.row(s + 1)) continue;
-        Tile tile;
-        multiply_blocks(c, i, j, s, tile);
-        reduce(p, tile, partials[(i - i_begin) * count + s - c.first], q.weights ? q.weights[s] : 1.0f, sum);
+        multiply_blocks(c, i, j, s, w.tile, [&] { finish(w, sum); });
+        w.place = p;
+        w.first = s == first;
+        w.last = s == last - 1;
+        w.partial = &partials[(i - i_begin) * (c.last - c.first) + s - c.first];
+        w.weight = q.weights ? q.weights[s] : 1.0f;
       }
-      add_to_total(p, sum);
     }
+  finish(w, sum);
 }
 
 // The same for one long sample, block by block: the blocks of so many panels stay in the second-level cache, and so do
@@ -279,7 +336,7 @@ inline void run_long_group(const gd_outer_product& q, const Chunk<T>& c, int64_t
       for (int64_t j = j_begin; j < j_end; j++)
         for (int64_t i = i_begin; i < i_end; i++, sum++) {
           Tile tile;
-          multiply<T>(rows, c.a_rows(j, r), c.b_rows(i, r), r ? tile : *sum);
+          multiply<T>(rows, c.a_rows(j, r), c.b_rows(i, r), r ? tile : *sum, [] {});
           if (r) add(*sum, tile);
         }
     }
@@ -334,22 +391,22 @@ int outer_product_stats(const gd_outer_product& q) {
     most_rows = greater(most_rows, starts.at[last] - starts.at[first]);
     most_samples = greater(most_samples, last - first);
   }
-  // Some groups for each thread, so that they end together.
-  const int64_t in_cache = kGroupBytes / (kRows * Panels<T>::kDepth * 4 * greater(1, lesser(most_rows, kChunkTokens / Panels<T>::kTokens)));
-  const int64_t group = greater(1, lesser(lesser(kGroupPanels, in_cache), ceil_div(num_b, 2 * q.num_threads)));
+  const int64_t chunk_rows = lesser(most_rows, chunk_tokens(q) / Panels<T>::kTokens);
+  const int64_t panel_bytes = kRows * Panels<T>::kDepth * 4 * greater(1, chunk_rows);
+  const int64_t group = group_panels(num_b, panel_bytes, q.num_threads);
   Buffer<typename Panels<T>::Element> packed_a(num_a * kCols * Panels<T>::kDepth * most_rows);
   Buffer<typename Panels<T>::Element> packed_b(num_b * kRows * Panels<T>::kDepth * most_rows);
   Buffer<double> products(most_tokens);
   Buffer<Numbers> numbers(num_b * most_samples);
   Buffer<Partial> partials(group * most_samples * q.num_threads);
-  Buffer<Tile> sums(most_tokens > kChunkTokens ? group * kLongPanels * q.num_threads : 0);
+  Buffer<Tile> sums(most_tokens > chunk_tokens(q) ? group * kLongPanels * q.num_threads : 0);
   if (!packed_a.at || !packed_b.at || !products.at || !numbers.at || !partials.at || !sums.at) return GD_NO_MEMORY;
 
   for (int64_t first = 0, last; first < q.num_samples; first = last) {
     last = chunk_end<T>(q, starts.at, first);
     const int64_t count = last - first;
     const Chunk<T> chunk{first, last, q.offsets[first], q.offsets[last], starts.at, packed_a.at, packed_b.at};
-    const bool is_long = chunk.end - chunk.begin > kChunkTokens;
+    const bool is_long = chunk.end - chunk.begin > chunk_tokens(q);
 #pragma omp parallel num_threads(q.num_threads)
     {
       const Tiles tiles;

@@ -35,7 +35,9 @@ struct Tiles {
 
 #else
 
-struct Tiles {};
+struct Tiles {
+  Tiles() {}
+};
 
 thread_local Bits tiles[8][16];
 
@@ -66,28 +68,30 @@ __attribute__((noinline)) void tile_add_products(int to, int b, int a) {
 
 #endif
 
-// tile = sum over tokens of b_t a_t^T, from `rows` rows of both panels.
-inline void multiply_tiles(int64_t rows, const uint32_t* a, const uint32_t* b, Vec (&tile)[kRows][kVectors]) {
-  static_assert(kRows == 32 && kCols == 32 && kLanes == 16, "2 x 2 tiles of 16 x 16");
-  constexpr int64_t kBytes = 64, kRowBytes = kCols * 4;
+// Tiles 0 to 3 = sum over tokens of b_t a_t^T, from `rows` rows of both panels.
+inline void multiply_tiles(int64_t rows, const uint32_t* a, const uint32_t* b) {
   tile_zero(0);
   tile_zero(1);
   tile_zero(2);
   tile_zero(3);
   for (int64_t r = 0; r < rows; r++, a += 16 * kCols, b += 16 * kRows) {
-    tile_load(4, b, kBytes);
-    tile_load(5, b + 16 * 16, kBytes);
-    tile_load(6, a, kRowBytes);
-    tile_load(7, a + 16, kRowBytes);
+    tile_load(4, b, 64);
+    tile_load(5, b + 16 * 16, 64);
+    tile_load(6, a, kCols * 4);
+    tile_load(7, a + 16, kCols * 4);
     tile_add_products(0, 4, 6);
     tile_add_products(1, 4, 7);
     tile_add_products(2, 5, 6);
     tile_add_products(3, 5, 7);
   }
-  tile_store(0, &tile[0][0], kRowBytes);
-  tile_store(1, &tile[0][1], kRowBytes);
-  tile_store(2, &tile[16][0], kRowBytes);
-  tile_store(3, &tile[16][1], kRowBytes);
+}
+
+inline void store_tiles(Vec (&to)[kRows][kVectors]) {
+  static_assert(kRows == 32 && kVectors == 2 && kLanes == 16, "2 x 2 tiles of 16 x 16");
+  tile_store(0, &to[0][0], kCols * 4);
+  tile_store(1, &to[0][1], kCols * 4);
+  tile_store(2, &to[16][0], kCols * 4);
+  tile_store(3, &to[16][1], kCols * 4);
 }
 
 }  // namespace
