@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-mib", type=int, default=1024, help="memory for gradients of bmm and vmap")
     parser.add_argument("--smoke", action="store_true", help="toy sizes; the numbers mean nothing")
     parser.add_argument("--out", help="folder of the CSV; default: benchmarks/results, temporary in smoke")
+    parser.add_argument("--name", default="cpu", help="of the machine; ends the name of the CSV")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     if args.smoke:
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for row in measure(dtype, lengths, args)
     ]
     out = Path(args.out or (tempfile.mkdtemp() if args.smoke else Path(__file__).parent / "results"))
-    path = out / f"bench_kernels_{'smoke' if args.smoke else 'cpu'}.csv"
+    path = out / f"bench_kernels_{'smoke' if args.smoke else args.name}.csv"
     write_csv(path, COLUMNS, rows)
     print(format_table(TABLE, rows))
     print(path)

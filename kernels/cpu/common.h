@@ -107,11 +107,16 @@ inline Vec load(const float* x) {
   return v;
 }
 inline Vec load(const uint16_t* bf16) {
-  typedef uint16_t Shorts __attribute__((vector_size(kLanes * 2)));
   typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));
-  Shorts v;
-  std::memcpy(&v, bf16, sizeof(v));
-  return (Vec)(__builtin_convertvector(v, Bits) << 16);
+#if defined(__AVX512F__) && GD_LANES == 16
+  return (Vec)((Bits)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256((const __m256i*)bf16)) << 16);
+#elif defined(__AVX2__) && GD_LANES == 8
+  return (Vec)((Bits)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)bf16)) << 16);
+#else
+  Bits v;
+  for (int l = 0; l < kLanes; l++) v[l] = bf16[l];
+  return (Vec)(v << 16);
+#endif
 }
 inline void store(float* at, Vec v) { std::memcpy(at, &v, sizeof(Vec)); }
 

@@ -66,8 +66,8 @@ bool has_amx() {
 }
 #endif
 
-// Best first; `wide`, `widebf16` and `wideamx` are the code of avx512, avx512bf16 and amx on AVX2's registers, for tests
-// on machines without those.
+// Best first; `wide`, `widebf16` and `wideamx` are the code of avx512, avx512bf16 and amx on AVX2's registers, for
+// tests on machines without those.
 const Variant kVariants[] = {
 #ifdef GD_AMX
     {"amx", GD_KERNELS(avx512), gd_bf16_only_amx, has_amx},

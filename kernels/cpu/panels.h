@@ -9,15 +9,17 @@
 
 #include "common.h"
 
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
-
 namespace {
 
 typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));
 
 enum Side { kLeft, kRight };  // the panels of B, those of A
+
+#if !defined(GD_BF16_TILES) || !defined(__AMX_BF16__)
+struct Tiles {  // what a thread holds while it multiplies: nothing, but in tiles.h
+  Tiles() {}
+};
+#endif
 
 template <typename T>
 struct Panels {

@@ -19,48 +19,31 @@ constexpr int64_t kBlockTokens = 256;
 constexpr int64_t kPackTokens = 32;
 // Bytes of panels of B that one thread goes through for each panel of A, and at most how many.
 constexpr int64_t kGroupBytes = (kLanes == 16 ? 512 : 128) << 10;
-#ifndef GP
-#define GP 16
-#endif
-#ifndef RR
-#define RR 2
-#endif
-#ifndef LP
-#define LP 8
-#endif
-#ifndef CH
-#define CH 256
-#endif
-constexpr int64_t kGroupPanels = GP;
+constexpr int64_t kGroupPanels = 16;
 // Panels of A that share what was fetched of one block of a long sample.
-constexpr int64_t kLongPanels = LP;
+constexpr int64_t kLongPanels = 8;
 
-// Tokens of one chunk of samples: their panels of A stay in the first two cache levels. AMX is so fast that it pays to
-// keep them in the first; but the batch's weight gradient is read and written once a chunk.
+// Tokens of one chunk of samples: their panels of A stay in the first two cache levels. For AMX it pays to keep them in
+// the first, but where the batch's weight gradient is wanted, to read and write that less often, once a chunk.
 inline int64_t chunk_tokens(const gd_outer_product& q) {
 #ifdef GD_BF16_TILES
-  if (!q.total) return CH;
-#endif
+  return q.total ? 1024 : 256;
+#else
   return 512;
+#endif
 }
 
-// Panels of B that a thread goes through at a time: as many as the cache holds, and of such groups some for each thread,
-// so that all end together.
+// Panels of B that a thread goes through at a time: as many as the cache holds, and at least two such groups for each
+// thread, so that all end together.
 inline int64_t group_panels(int64_t num_panels, int64_t panel_bytes, int64_t num_threads) {
   const int64_t most = greater(1, lesser(kGroupPanels, kGroupBytes / panel_bytes));
-  const int64_t rounds = greater(RR, ceil_div(num_panels, num_threads * most));
-  return ceil_div(num_panels, num_threads * rounds);
+  const int64_t rounds = greater(2, ceil_div(num_panels, num_threads * most));
+  return greater(1, ceil_div(num_panels, num_threads * rounds));
 }
 
 struct Tile {
   Vec x[kRows][kVectors];
 };
-
-#ifndef GD_BF16_TILES
-struct Tiles {
-  Tiles() {}
-};
-#endif
 
 // tile = sum over tokens of b_t a_t^T, from `rows` rows of both panels. `before` is done before the tile is written.
 template <typename T, typename Before, typename Element = typename Panels<T>::Element>
@@ -78,7 +61,7 @@ inline __attribute__((always_inline)) void multiply(int64_t rows, const Element*
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; v++) acc[i][v] = Vec{};
   for (int64_t r = 0; r < rows; r++, a += kCols, b += kRows) {
-    if (kLanes == 16) {
+    if (kLanes == 16) {  // a row is two cache lines, and there are instructions to spare
       __builtin_prefetch(b + 16 * kRows);
       for (int c = 0; c < kCols; c += 16) __builtin_prefetch(a + 8 * kCols + c);
     }
@@ -105,29 +88,28 @@ inline void add(Tile& sum, const Tile& tile) {
 // Statistics of a tile into `partial`; weighted it goes into `sum` when `kSum`.
 template <bool kSum>
 inline __attribute__((always_inline)) void reduce_whole(const Tile& tile, Partial& partial, float weight, Tile& sum) {
+  const Partial none = empty_partial();
   // Four chains each: the additions would wait for one another.
   Vec low[4], high[4], squares[4];
-#pragma GCC unroll 4
   for (int c = 0; c < 4; c++) {
-    low[c] = high[c] = tile.x[c / 2][c % 2];
-    squares[c] = low[c] * low[c];
+    low[c] = none.low;
+    high[c] = none.high;
+    squares[c] = Vec{};
   }
 #pragma GCC unroll 1
-  for (int i = 2; i < kRows; i += 2)
+  for (int i = 0; i < kRows; i += 2)
 #pragma GCC unroll 4
     for (int c = 0; c < 4; c++) {
       const Vec x = tile.x[i + c / 2][c % 2];
       low[c] = smaller(low[c], x);
       high[c] = larger(high[c], x);
       squares[c] += x * x;
+      if (kSum) sum.x[i + c / 2][c % 2] += x * weight;
     }
   partial.low = smaller(partial.low, smaller(smaller(low[0], low[1]), smaller(low[2], low[3])));
   partial.high = larger(partial.high, larger(larger(high[0], high[1]), larger(high[2], high[3])));
   // float32 within the tile, float64 across tiles.
   partial.sumsq += widen((squares[0] + squares[1]) + (squares[2] + squares[3]));
-  if (!kSum) return;
-  for (int i = 0; i < kRows; i++)
-    for (int v = 0; v < kVectors; v++) sum.x[i][v] += tile.x[i][v] * weight;
 }
 
 // A tile at the matrix' edge: what lies beyond it is no element.
@@ -224,6 +206,11 @@ inline void pack_share(const gd_outer_product& q, const Chunk<T>& c, double* pro
     }
 }
 
+// Panels of B from `i_begin`, panels of A from `j_begin`.
+struct Group {
+  int64_t i_begin, i_end, j_begin, j_end;
+};
+
 // One pair of panels: what its tile is reduced into.
 struct Place {
   int rows, cols;  // of the tile, inside the matrix
@@ -240,7 +227,7 @@ inline Place place(const gd_outer_product& q, int64_t i, int64_t j) {
 }
 
 // Its rows lie far apart: fetched now, they are there when the products are.
-inline void fetch_total(const Place& p) {
+inline __attribute__((always_inline)) void fetch_total(const Place& p) {
   if (!p.total) return;
   for (int r = 0; r < p.rows; r++)
     for (int c = 0; c < p.cols; c += 16) __builtin_prefetch(p.total + r * p.ld_total + c, 1);
@@ -278,7 +265,8 @@ inline __attribute__((always_inline)) void multiply_blocks(const Chunk<T>& c, in
   }
 }
 
-// A tile that waits for its reduction. That comes after the next tile's products have begun: AMX works on them meanwhile.
+// A tile that waits for its reduction, which comes after the next tile's products have begun: AMX works on them
+// meanwhile.
 struct Work {
   Tile tile;
   Place place;
@@ -294,18 +282,17 @@ inline void finish(const Work& w, Tile& sum) {
   if (w.last) add_to_total(w.place, sum);
 }
 
-// All tiles of the row panels [i_begin, i_end): statistics into `partials`, the weighted sum into the matrix.
+// All tiles of a group of panels: statistics into `partials`, the weighted sum into the matrix.
 template <typename T>
-inline void run_group(const gd_outer_product& q, const Chunk<T>& c, int64_t i_begin, int64_t i_end,
-                      Partial* partials) {
+inline void run_group(const gd_outer_product& q, const Chunk<T>& c, const Group& g, Partial* partials) {
   int64_t first = c.first, last = c.last;
   while (first < last && c.row(first) == c.row(first + 1)) first++;
   while (first < last && c.row(last - 1) == c.row(last)) last--;
   Work w;
   w.partial = nullptr;
-  Tile sum;
-  for (int64_t j = 0; j < ceil_div(q.num_a_cols, kCols); j++)
-    for (int64_t i = i_begin; i < i_end; i++) {
+  Tile sum{};
+  for (int64_t j = g.j_begin; j < g.j_end; j++)
+    for (int64_t i = g.i_begin; i < g.i_end; i++) {
       const Place p = place(q, i, j);
       fetch_total(p);
       for (int64_t s = first; s < last; s++) {
@@ -314,41 +301,62 @@ inline void run_group(const gd_outer_product& q, const Chunk<T>& c, int64_t i_be
         w.place = p;
         w.first = s == first;
         w.last = s == last - 1;
-        w.partial = &partials[(i - i_begin) * (c.last - c.first) + s - c.first];
+        w.partial = &partials[(i - g.i_begin) * (c.last - c.first) + s - c.first];
         w.weight = q.weights ? q.weights[s] : 1.0f;
       }
     }
   finish(w, sum);
 }
 
+// Fetches one of `parts` of some memory into the second-level cache. Inlined, because GCC takes a function that only
+// fetches for one without effect, and drops the call.
+inline __attribute__((always_inline)) void fetch_part(const void* at, int64_t bytes, int64_t part, int64_t parts) {
+  const char* from = static_cast<const char*>(at);
+  for (int64_t b = bytes * part / parts / 64 * 64; b < bytes * (part + 1) / parts; b += 64)
+    __builtin_prefetch(from + b, 0, 2);
+}
+
+// While a tile of block `r` is multiplied: a part of the next panel of A, and of the same panel of B in the next block.
+// Other instruction sets are too slow to wait for memory here, and gain nothing.
+template <typename T>
+inline __attribute__((always_inline)) void fetch_ahead(const Chunk<T>& c, const Group& g, int64_t i, int64_t j,
+                                                       int64_t r) {
+#ifdef GD_BF16_TILES
+  constexpr int64_t kBlockRows = kBlockTokens / Panels<T>::kTokens;
+  constexpr int64_t kBytes = kBlockRows * Panels<T>::kDepth * sizeof(typename Panels<T>::Element);  // a column
+  const bool ends = r + kBlockRows >= c.rows(), turns = j + 1 == g.j_end;
+  if (!turns || !ends)
+    fetch_part(turns ? c.a_rows(g.j_begin, r + kBlockRows) : c.a_rows(j + 1, r), kBytes * kCols, i - g.i_begin,
+               g.i_end - g.i_begin);
+  if (!ends) fetch_part(c.b_rows(i, r + kBlockRows), kBytes * kRows, j - g.j_begin, g.j_end - g.j_begin);
+#endif
+}
+
 // The same for one long sample, block by block: the blocks of so many panels stay in the second-level cache, and so do
 // the sums of their tiles.
 template <typename T>
-inline void run_long_group(const gd_outer_product& q, const Chunk<T>& c, int64_t i_begin, int64_t i_end,
-                           Partial* partials, Tile* sums) {
+inline void run_long_group(const gd_outer_product& q, const Chunk<T>& c, const Group& g, Partial* partials,
+                           Tile* sums) {
   constexpr int64_t kBlockRows = kBlockTokens / Panels<T>::kTokens;
-  const int64_t num_a = ceil_div(q.num_a_cols, kCols);
-  for (int64_t j_begin = 0; j_begin < num_a; j_begin += kLongPanels) {
-    const int64_t j_end = lesser(j_begin + kLongPanels, num_a);
-    for (int64_t r = 0; r < c.rows(); r += kBlockRows) {
-      const int64_t rows = lesser(c.rows() - r, kBlockRows);
-      Tile* sum = sums;
-      for (int64_t j = j_begin; j < j_end; j++)
-        for (int64_t i = i_begin; i < i_end; i++, sum++) {
-          Tile tile;
-          multiply<T>(rows, c.a_rows(j, r), c.b_rows(i, r), r ? tile : *sum, [] {});
-          if (r) add(*sum, tile);
-        }
-    }
-    const Tile* sum = sums;
-    for (int64_t j = j_begin; j < j_end; j++)
-      for (int64_t i = i_begin; i < i_end; i++, sum++) {
-        const Place p = place(q, i, j);
-        Tile weighted{};
-        reduce(p, *sum, partials[i - i_begin], q.weights ? q.weights[c.first] : 1.0f, weighted);
-        add_to_total(p, weighted);
+  for (int64_t r = 0; r < c.rows(); r += kBlockRows) {
+    const int64_t rows = lesser(c.rows() - r, kBlockRows);
+    Tile* sum = sums;
+    for (int64_t j = g.j_begin; j < g.j_end; j++)
+      for (int64_t i = g.i_begin; i < g.i_end; i++, sum++) {
+        fetch_ahead(c, g, i, j, r);
+        Tile tile;
+        multiply<T>(rows, c.a_rows(j, r), c.b_rows(i, r), r ? tile : *sum, [] {});
+        if (r) add(*sum, tile);
       }
   }
+  const Tile* sum = sums;
+  for (int64_t j = g.j_begin; j < g.j_end; j++)
+    for (int64_t i = g.i_begin; i < g.i_end; i++, sum++) {
+      const Place p = place(q, i, j);
+      Tile weighted{};
+      reduce(p, *sum, partials[i - g.i_begin], q.weights ? q.weights[c.first] : 1.0f, weighted);
+      add_to_total(p, weighted);
+    }
 }
 
 // The row panels' numbers of one sample, in order.
@@ -417,10 +425,12 @@ int outer_product_stats(const gd_outer_product& q) {
       for (int64_t g = 0; g < ceil_div(num_b, group); g++) {
         const int64_t i_begin = g * group, i_end = lesser(i_begin + group, num_b);
         for (int64_t n = 0; n < (i_end - i_begin) * count; n++) own[n] = empty_partial();
+        Tile* own_sums = sums.at + omp_get_thread_num() * group * kLongPanels;
         if (is_long)
-          run_long_group(q, chunk, i_begin, i_end, own, sums.at + omp_get_thread_num() * group * kLongPanels);
+          for (int64_t j = 0; j < num_a; j += kLongPanels)
+            run_long_group(q, chunk, {i_begin, i_end, j, lesser(j + kLongPanels, num_a)}, own, own_sums);
         else
-          run_group(q, chunk, i_begin, i_end, own);
+          run_group(q, chunk, {i_begin, i_end, 0, num_a}, own);
         for (int64_t n = 0; n < (i_end - i_begin) * count; n++) numbers.at[i_begin * count + n] = fold(own[n]);
       }
     }

@@ -6,15 +6,11 @@
 
 #include "panels.h"
 
-#ifdef __AMX_BF16__
-#include <immintrin.h>
-#endif
-
 namespace {
 
 #ifdef __AMX_BF16__
 
-struct TileConfig {
+struct TileConfig {  // as the instruction reads it
   uint8_t palette, start_row, reserved[14];
   uint16_t row_bytes[16];
   uint8_t rows[16];
@@ -35,10 +31,6 @@ struct Tiles {
 
 #else
 
-struct Tiles {
-  Tiles() {}
-};
-
 thread_local Bits tiles[8][16];
 
 inline void tile_zero(int t) { std::memset(tiles[t], 0, sizeof(tiles[t])); }
@@ -57,7 +49,8 @@ __attribute__((noinline)) void tile_add_products(int to, int b, int a) {
     Vec first{}, second{};
     for (int p = 0; p < 16; p++) {
       const Bits pair = Bits{} + tiles[b][i][p];
-      first = without_denormals((Bits)(first + without_denormals(tiles[a][p] << 16) * without_denormals(pair << 16)));
+      first += without_denormals(tiles[a][p] << 16) * without_denormals(pair << 16);
+      first = without_denormals((Bits)first);
       second += without_denormals(tiles[a][p] & 0xffff0000) * without_denormals(pair & 0xffff0000);
       second = without_denormals((Bits)second);
     }

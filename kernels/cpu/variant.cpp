@@ -1,6 +1,6 @@
 // One instruction set's kernels; compiled with GD_VARIANT, GD_LANES, GD_ROWS and the flags that go with them. With
-// GD_BF16_PAIRS or GD_BF16_TILES it is only the kernel that multiplies bfloat16 in pairs of tokens or on AMX's tiles: the
-// rest would be the same.
+// GD_BF16_PAIRS or GD_BF16_TILES it is only the kernel that multiplies bfloat16 in pairs of tokens or on AMX's tiles:
+// the rest would be the same.
 #include "row_sums.h"
 #include "segment_stats.h"
 
