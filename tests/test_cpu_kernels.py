@@ -77,6 +77,19 @@ def test_statistics_and_batch_gradient(variant, dtype, num_b, num_a):
 
 @needs_kernels
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("lengths", [[0, 3, 0], [0, 0], [0, 4, 0, 5, 0]])
+def test_batch_gradient_between_samples_without_tokens(variant, dtype, lengths):
+    b, a = draw(lengths, 40, 70, dtype)
+    total = torch.zeros(40, 70)
+    found = native.outer_product_stats(b, a, lengths, total, None, variant)
+    torch.testing.assert_close(total.double(), b.double().t() @ a.double(), rtol=1e-5, atol=1e-5)
+    empty = torch.tensor(lengths) == 0
+    assert (torch.stack(found)[:, empty] == 0).all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("variant", VARIANTS)
 @settings(max_examples=30, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 40) | st.integers(500, 600), min_size=1, max_size=7),

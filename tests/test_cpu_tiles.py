@@ -1,4 +1,4 @@
-"""The CPU kernel on AMX's tiles: the instruction, in plain C and the processor's own; padding; tiles of others."""
+"""The CPU kernel on AMX tiles: the instruction, on the processor and in plain C; padding; torch beside it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ pytestmark = pytest.mark.skipif(not TILES, reason="only where wideamx runs")
         ([TINY / 2, 1.0], [2.0**60, 1.0], 1.0),
         ([TINY, 0.0], [0.5, 1.0], 0.0),
         ([TINY, 1.0], [1.5, -TINY], 0.0),
-        ([TINY, 0.0, TINY], [1.5, 0.0, -1.0], 0.0),
+        ([TINY, 0.0, TINY, 0.0, TINY], [1.5, 0.0, -1.0, 0.0, 1.0], TINY),
+        ([0.0, TINY, 0.0, TINY, 0.0, TINY], [0.0, 1.5, 0.0, -1.0, 0.0, 1.0], TINY),
     ],
 )
 def test_the_instruction(variant, b, a, expected):
