@@ -2,6 +2,7 @@
 
     python benchmarks/bench_kernels.py            float32 and bfloat16, T = 32..4096, S = 1..64, ragged
     python benchmarks/bench_kernels.py --smoke    a few seconds, to see that it works
+    python benchmarks/bench_kernels.py --name cpu_avx512    results/bench_kernels_cpu_avx512.csv
 
 All ways run on the same tensors in turns, in an order drawn anew for each repetition; ratios are to
 `weight-gradient`, the product B^T A of the whole batch, in the same repetition. Before anything is timed,
