@@ -14,12 +14,12 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 SOURCES = os.path.join("kernels", "cpu")
-HEADERS = ("api.h", "common.h", "panels.h", "row_sums.h", "segment_stats.h")
+HEADERS = ("api.h", "common.h", "panels.h", "row_sums.h", "segment_stats.h", "tiles.h")
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 CUDA_ARCHITECTURES = ("sm_80", "sm_89", "sm_90")
 # Only for tests; with -O3 or -g it takes four times as long to split their vectors.
 WIDE = ["-mavx2", "-mfma", "-O2", "-g0"]
-PAIRS = "-DGD_BF16_PAIRS"
+PAIRS, TILES = "-DGD_BF16_PAIRS", "-DGD_BF16_TILES"
 # Name, floats in a register, rows of the register tile, flags: one build of variant.cpp each.
 GENERIC = [("generic", 4, 6, [])]
 X86 = [
@@ -27,8 +27,13 @@ X86 = [
     ("avx512", 16, 12, ["-mavx512f"]),
     ("wide", 16, 12, WIDE),
     ("widebf16", 16, 12, [*WIDE, PAIRS]),
+    ("wideamx", 16, 32, [*WIDE, TILES]),
 ]
-AVX512BF16 = ("avx512bf16", 16, 12, ["-mavx512bf16", PAIRS])
+# Each with a macro for dispatch.cpp; what a compiler does not know is left out, with all that follows.
+X86_IF_KNOWN = [
+    (("avx512bf16", 16, 12, ["-mavx512bf16", PAIRS]), "GD_AVX512BF16"),
+    (("amx", 16, 32, ["-mavx512bf16", "-mamx-tile", "-mamx-bf16", TILES]), "GD_AMX"),
+]
 
 
 class BuildKernels(build_ext):
@@ -60,13 +65,17 @@ class BuildKernels(build_ext):
         return []
 
     def _compile_x86_dispatch(self):
-        x86 = [("GD_X86", "1")]
-        try:
-            objects = self._compile_variant(*AVX512BF16)
-            return objects + self._compile("dispatch.cpp", "dispatch", [*x86, ("GD_AVX512BF16", "1")])
-        except CompileError:
-            self.warn("the compiler does not know -mavx512bf16: the CPU kernels are built without it")
-            return self._compile("dispatch.cpp", "dispatch", x86)
+        objects, macros = [], [("GD_X86", "1")]
+        for variant, macro in X86_IF_KNOWN:
+            try:
+                found = self._compile_variant(*variant)
+                self._compile("dispatch.cpp", "dispatch", [*macros, (macro, "1")])
+            except CompileError:
+                self.warn(f"the compiler does not know {variant[0]}: the CPU kernels are built without it")
+                break
+            objects += found
+            macros.append((macro, "1"))
+        return objects + self._compile("dispatch.cpp", "dispatch", macros)
 
     def _compile_variant(self, name, lanes, rows, flags):
         macros = [("GD_VARIANT", name), ("GD_LANES", str(lanes)), ("GD_ROWS", str(rows))]

@@ -2,6 +2,7 @@
 
     python benchmarks/bench_kernels.py            float32 and bfloat16, T = 32..4096, S = 1..64, ragged
     python benchmarks/bench_kernels.py --smoke    a few seconds, to see that it works
+    python benchmarks/bench_kernels.py --name cpu_avx512    results/bench_kernels_cpu_avx512.csv
 
 All ways run on the same tensors in turns, in an order drawn anew for each repetition; ratios are to
 `weight-gradient`, the product B^T A of the whole batch, in the same repetition. Before anything is timed,
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-mib", type=int, default=1024, help="memory for gradients of bmm and vmap")
     parser.add_argument("--smoke", action="store_true", help="toy sizes; the numbers mean nothing")
     parser.add_argument("--out", help="folder of the CSV; default: benchmarks/results, temporary in smoke")
+    parser.add_argument("--name", default="cpu", help="of the machine; ends the name of the CSV")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     if args.smoke:
@@ -65,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for row in measure(dtype, lengths, args)
     ]
     out = Path(args.out or (tempfile.mkdtemp() if args.smoke else Path(__file__).parent / "results"))
-    path = out / f"bench_kernels_{'smoke' if args.smoke else 'cpu'}.csv"
+    path = out / f"bench_kernels_{'smoke' if args.smoke else args.name}.csv"
     write_csv(path, COLUMNS, rows)
     print(format_table(TABLE, rows))
     print(path)

@@ -56,7 +56,9 @@ def assert_as_good_as_reference(found, b, a, lengths):
 @needs_kernels
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize(("num_b", "num_a"), [(1, 1), (6, 16), (7, 17), (13, 31), (24, 64), (61, 5)])
+@pytest.mark.parametrize(
+    ("num_b", "num_a"), [(1, 1), (6, 16), (7, 17), (13, 31), (24, 64), (61, 5), (64, 96)]
+)
 def test_statistics_and_batch_gradient(variant, dtype, num_b, num_a):
     b, a = draw(LENGTHS, num_b, num_a, dtype)
     weights = [0.5, 2.0, -1.0, 0.0, 3.0, 1.0, 0.25, 1.5, -0.5, 1.0, 2.0, 0.75, -2.0, 0.125]
@@ -71,6 +73,19 @@ def test_statistics_and_batch_gradient(variant, dtype, num_b, num_a):
         expected += w * (x.t() @ y)
         scale += abs(w) * (x.abs().t() @ y.abs())
     assert ((total - expected).abs() <= 16 * torch.finfo(torch.float32).eps * (scale + 1)).all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("lengths", [[0, 3, 0], [0, 0], [0, 4, 0, 5, 0]])
+def test_batch_gradient_between_samples_without_tokens(variant, dtype, lengths):
+    b, a = draw(lengths, 40, 70, dtype)
+    total = torch.zeros(40, 70)
+    found = native.outer_product_stats(b, a, lengths, total, None, variant)
+    torch.testing.assert_close(total.double(), b.double().t() @ a.double(), rtol=1e-5, atol=1e-5)
+    empty = torch.tensor(lengths) == 0
+    assert (torch.stack(found)[:, empty] == 0).all()
 
 
 @needs_kernels
@@ -120,6 +135,25 @@ def test_bits_depend_on_the_sample_alone(variant, dtype, eager_threads):
             assert torch.equal(together, torch.stack(again))
     finally:
         torch.set_num_threads(before)
+
+
+@needs_kernels
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_long_samples(variant, dtype, eager_threads):
+    """They go block by block through groups of panels, with a batch gradient from another length on."""
+    lengths, weights = [1100, 3, 520, 1025], [0.5, 1.0, -2.0, 1.5]
+    b, a = draw(lengths, 40, 300, dtype)
+    total, expected = torch.zeros(40, 300), torch.zeros(40, 300, dtype=torch.float64)
+    found = native.outer_product_stats(b, a, lengths, total, weights, variant)
+    assert_as_good_as_reference(found, b, a, lengths)
+    parts = zip(b.double().split(lengths), a.double().split(lengths), weights, strict=True)
+    for x, y, w in parts:
+        expected += w * (x.t() @ y)
+    torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-3)
+    for i, (x, y) in enumerate(zip(b.split(lengths), a.split(lengths), strict=True)):
+        alone = native.outer_product_stats(x, y, [len(x)], None, None, variant)
+        assert torch.equal(torch.stack(found)[:, i], torch.stack(alone)[:, 0])
 
 
 @needs_kernels

@@ -67,7 +67,7 @@ def loops(disassembly, instruction):
 @on_x86
 @pytest.mark.skipif(not (shutil.which("objdump") and shutil.which("g++")), reason="needs objdump and g++")
 def test_its_loop_is_products_and_nothing_is_spilled(tmp_path):
-    """24 products, 2 vectors of A and 12 columns of B for two tokens of a tile of 12 x 32."""
+    """24 products, 2 vectors of A, 12 columns of B, 3 lines ahead for two tokens of a tile of 12 x 32."""
     source = ROOT / "kernels" / "cpu" / "variant.cpp"
     macros = ["-DGD_VARIANT=x", "-DGD_LANES=16", "-DGD_ROWS=12", "-DGD_BF16_PAIRS"]
     flags = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-Wno-psabi", "-mavx512bf16"]
@@ -96,7 +96,14 @@ while [ $# -gt 1 ]; do [ "$1" = -o ] && echo > "$2"; shift; done
 
 @on_x86
 @pytest.mark.parametrize(
-    ("refused", "kept"), [("nothing", True), ("-mavx512bf16", False), ("-DGD_AVX512", False)]
+    ("refused", "kept"),
+    [
+        ("nothing", {"avx512bf16", "amx"}),
+        ("-mavx512bf16", set()),
+        ("-DGD_AVX512", set()),
+        ("-mamx", {"avx512bf16"}),
+        ("-DGD_AMX", {"avx512bf16"}),
+    ],
 )
 def test_a_compiler_that_does_not_know_it_builds_the_rest(tmp_path, refused, kept):
     """Neither its flag nor, in some, its name for the processor's ability."""
@@ -109,6 +116,9 @@ def test_a_compiler_that_does_not_know_it_builds_the_rest(tmp_path, refused, kep
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", "out"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and list(tmp_path.glob("out/grads_dist/_cpu_kernels*.so")), done.stderr
-    linked = (tmp_path / "log").read_text().splitlines()[-1]
-    assert ("avx512bf16/" in linked) == kept and "widebf16/" in linked and "dispatch/" in linked
-    assert ("built without it" in done.stdout + done.stderr) != kept
+    *_, dispatch, linked = (tmp_path / "log").read_text().splitlines()
+    assert "widebf16/" in linked and "wideamx/" in linked and "dispatch/" in linked
+    assert {name for name in ("avx512bf16", "amx") if f"/{name}/" in linked} == kept
+    # What is linked last says which of them there are.
+    assert {name for name in ("avx512bf16", "amx") if f"-DGD_{name.upper()}=1" in dispatch} == kept
+    assert ("built without it" in done.stdout + done.stderr) == (len(kept) < 2)

@@ -11,6 +11,9 @@
 #include <limits>
 
 #include <omp.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 #include "api.h"
 
@@ -28,7 +31,34 @@ constexpr int kCols = kVectors * kLanes;     // NR
 constexpr int kRows = GD_ROWS;               // MR
 
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
-typedef double DVec __attribute__((vector_size(kLanes * 8)));
+typedef float Half __attribute__((vector_size(kLanes * 2)));
+typedef double DHalf __attribute__((vector_size(kLanes * 4)));
+
+// As many numbers as a `Vec`, in float64: two registers. One vector of twice a register's size would be taken apart.
+struct DVec {
+  DHalf half[2];
+
+  double operator[](int l) const { return half[l / (kLanes / 2)][l % (kLanes / 2)]; }
+  DVec operator+(const DVec& other) const { return {{half[0] + other.half[0], half[1] + other.half[1]}}; }
+  DVec operator*(const DVec& other) const { return {{half[0] * other.half[0], half[1] * other.half[1]}}; }
+  void operator+=(const DVec& other) { *this = *this + other; }
+};
+
+// The compilers' own conversion would go through smaller registers.
+inline DHalf widen(Half x) {
+#if defined(__AVX512F__) && GD_LANES == 16
+  return (DHalf)_mm512_maskz_cvtps_pd(0xff, (__m256)x);  // the plain one warns in GCC 12
+#elif defined(__AVX2__) && GD_LANES == 8
+  return (DHalf)_mm256_cvtps_pd((__m128)x);
+#else
+  return __builtin_convertvector(x, DHalf);
+#endif
+}
+inline DVec widen(Vec x) {
+  Half half[2];
+  std::memcpy(half, &x, sizeof(x));
+  return {{widen(half[0]), widen(half[1])}};
+}
 
 // Statistics in the making, lane by lane; float64 across tiles.
 struct Partial {
@@ -77,9 +107,16 @@ inline Vec load(const float* x) {
   return v;
 }
 inline Vec load(const uint16_t* bf16) {
-  Vec v;
-  for (int l = 0; l < kLanes; l++) v[l] = as_float(bf16[l]);
-  return v;
+  typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));
+#if defined(__AVX512F__) && GD_LANES == 16
+  return (Vec)((Bits)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256((const __m256i*)bf16)) << 16);
+#elif defined(__AVX2__) && GD_LANES == 8
+  return (Vec)((Bits)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)bf16)) << 16);
+#else
+  Bits v;
+  for (int l = 0; l < kLanes; l++) v[l] = bf16[l];
+  return (Vec)(v << 16);
+#endif
 }
 inline void store(float* at, Vec v) { std::memcpy(at, &v, sizeof(Vec)); }
 

@@ -3,20 +3,30 @@
 
 #include "api.h"
 
+#ifdef GD_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #define GD_DECLARE(name)                                                  \
   extern "C" int gd_outer_product_stats_##name(const gd_outer_product*); \
   extern "C" int gd_row_sum_stats_##name(const gd_row_sums*);
-#define GD_DECLARE_PAIRS(name) extern "C" int gd_bf16_pairs_##name(const gd_outer_product*);
+#define GD_DECLARE_BF16(name) extern "C" int gd_bf16_only_##name(const gd_outer_product*);
 #define GD_KERNELS(name) gd_outer_product_stats_##name, gd_row_sum_stats_##name
 GD_DECLARE(generic)
 #ifdef GD_X86
 GD_DECLARE(wide)
 GD_DECLARE(avx2)
 GD_DECLARE(avx512)
-GD_DECLARE_PAIRS(widebf16)
+GD_DECLARE_BF16(widebf16)
+GD_DECLARE_BF16(wideamx)
 #endif
 #ifdef GD_AVX512BF16
-GD_DECLARE_PAIRS(avx512bf16)
+GD_DECLARE_BF16(avx512bf16)
+#endif
+#ifdef GD_AMX
+GD_DECLARE_BF16(amx)
 #endif
 
 namespace {
@@ -25,7 +35,7 @@ struct Variant {
   const char* name;
   int (*outer_product_stats)(const gd_outer_product*);
   int (*row_sum_stats)(const gd_row_sums*);
-  int (*bf16_pairs)(const gd_outer_product*);  // for bfloat16, or null: outer_product_stats takes that too
+  int (*bf16_only)(const gd_outer_product*);  // for bfloat16, or null: outer_product_stats takes that too
   bool (*runs_here)();
 };
 
@@ -39,11 +49,31 @@ bool has_avx512() { return __builtin_cpu_supports("avx512f"); }
 bool has_avx512bf16() { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw"); }
 #endif
 
-// Best first; `wide` and `widebf16` are the code of avx512 and avx512bf16 on AVX2's registers, for tests on machines
-// without AVX-512.
+#ifdef GD_AMX
+// The processor has it, the system saves its tiles, and lets this process use them: Linux wants to be asked.
+bool may_use_amx() {
+  unsigned eax, ebx, ecx, edx;
+  if (!has_avx512bf16() || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  if (!(edx >> 22 & 1) || !(edx >> 24 & 1)) return false;  // AMX-BF16, AMX-TILE
+  __asm__("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
+  if ((eax >> 17 & 3) != 3) return false;  // tile configuration, tile data
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+bool has_amx() {
+  static const bool may = may_use_amx();
+  return may;
+}
+#endif
+
+// Best first; `wide`, `widebf16` and `wideamx` are the code of avx512, avx512bf16 and amx on AVX2's registers, for
+// tests on machines without those.
 const Variant kVariants[] = {
+#ifdef GD_AMX
+    {"amx", GD_KERNELS(avx512), gd_bf16_only_amx, has_amx},
+#endif
 #ifdef GD_AVX512BF16
-    {"avx512bf16", GD_KERNELS(avx512), gd_bf16_pairs_avx512bf16, has_avx512bf16},
+    {"avx512bf16", GD_KERNELS(avx512), gd_bf16_only_avx512bf16, has_avx512bf16},
 #endif
 #ifdef GD_X86
     {"avx512", GD_KERNELS(avx512), nullptr, has_avx512},
@@ -52,7 +82,8 @@ const Variant kVariants[] = {
     {"generic", GD_KERNELS(generic), nullptr, always},
 #ifdef GD_X86
     {"wide", GD_KERNELS(wide), nullptr, has_avx2},
-    {"widebf16", GD_KERNELS(wide), gd_bf16_pairs_widebf16, has_avx2},
+    {"widebf16", GD_KERNELS(wide), gd_bf16_only_widebf16, has_avx2},
+    {"wideamx", GD_KERNELS(wide), gd_bf16_only_wideamx, has_avx2},
 #endif
 };
 
@@ -63,9 +94,9 @@ extern "C" {
 int gd_cpu_abi(void) { return GD_ABI; }
 
 const char* gd_cpu_variants(void) {
-  static char names[64];
+  static char names[128];
   if (names[0] == 0) {
-    char text[64] = "";
+    char text[128] = "";
     for (const Variant& variant : kVariants) {
       if (!variant.runs_here()) continue;
       if (text[0]) std::strcat(text, " ");
@@ -85,8 +116,8 @@ static const Variant* find(const char* name) {
 int gd_cpu_outer_product_stats(const char* name, const gd_outer_product* q) {
   const Variant* variant = find(name);
   if (!variant) return GD_NO_SUCH_VARIANT;
-  const bool pairs = q->type == GD_BFLOAT16 && variant->bf16_pairs;
-  return pairs ? variant->bf16_pairs(q) : variant->outer_product_stats(q);
+  const bool bf16_only = q->type == GD_BFLOAT16 && variant->bf16_only;
+  return bf16_only ? variant->bf16_only(q) : variant->outer_product_stats(q);
 }
 
 int gd_cpu_row_sum_stats(const char* name, const gd_row_sums* q) {

@@ -31,7 +31,7 @@ inline Moments moments(const T* x, int64_t count, int32_t norm, float eps) {
   int64_t c = 0;
   for (; c + kLanes <= count; c += kLanes) {
     const Vec v = load(x + c) - mean;
-    lanes += __builtin_convertvector(v * v, DVec);
+    lanes += widen(v * v);
   }
   for (; c < count; c++) squares += (as_float(x[c]) - mean) * (as_float(x[c]) - mean);
   for (int l = 0; l < kLanes; l++) squares += lanes[l];
@@ -68,7 +68,7 @@ inline RunNumbers reduce_run(const float* acc, int64_t count) {
   int64_t c = 0;
   for (; c + kLanes <= count; c += kLanes) {
     const Vec v = load(acc + c);
-    const DVec wide = __builtin_convertvector(v, DVec);
+    const DVec wide = widen(v);
     partial.low = smaller(partial.low, v);
     partial.high = larger(partial.high, v);
     partial.sumsq += wide * wide;
