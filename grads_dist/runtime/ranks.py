@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 
 from grads_dist.errors import ConfigError, GradsDistError
-from grads_dist.runtime import launcher, stopping, watch
+from grads_dist.runtime import launcher, starts, stopping, watch
 from grads_dist.runtime.activity import Activity
 from grads_dist.runtime.launcher import Placement
+from grads_dist.runtime.starts import Start
 from grads_dist.runtime.watch import Monitor
 
 T = TypeVar("T")
@@ -40,13 +41,21 @@ class Ranks:
     the GPU nor mix with the model's collectives.
     """
 
-    def __init__(self, placement: Placement, device: torch.device, store: dist.Store | None) -> None:
+    def __init__(
+        self,
+        placement: Placement,
+        device: torch.device,
+        store: dist.Store | None,
+        start: Start = starts.ONLY,
+    ) -> None:
         self.placement = placement
         self.rank = placement.rank
         self.world_size = placement.world_size
         self.local_rank = placement.local_rank
         self.device = device
         self.is_main = placement.rank == 0
+        self.launched_as = start
+        """Which start of the ranks this is, where a launcher may start them again."""
         self._store = store
         self._control = (
             dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if store is not None else None
@@ -56,7 +65,7 @@ class Ranks:
         self._check: Callable[[], None] = lambda: None
         self._monitor: Monitor | None = None
         if store is not None:
-            self._monitor = _start_monitor(placement, self._activity)
+            self._monitor = _start_monitor(placement, self._activity, start)
         # The error that all ranks raised together, if any: after it they may still meet, after others not.
         self.shared_error: GradsDistError | None = None
 
@@ -70,11 +79,13 @@ class Ranks:
         if _started is None:
             launcher.export(placement)
             device = _own_device(placement)
-            store = None
+            store, start = None, starts.ONLY
             if placement.world_size > 1:
-                store = _rendezvous(placement)
+                store, start = _rendezvous(placement)
                 _init_group(device, store, placement.rank, placement.world_size)
-            _started = Ranks(placement, device, store)
+            elif placement.launcher == "torchrun" and launcher.agent_holds_store():
+                _, start = _rendezvous(placement)
+            _started = Ranks(placement, device, store, start)
         return _started
 
     def ensure_group(self) -> None:
@@ -282,11 +293,11 @@ def is_broken_collective(error: BaseException) -> bool:
     return any(part in file for file in files for part in _COLLECTIVE_FILES)
 
 
-def _start_monitor(placement: Placement, activity: Activity) -> Monitor:
+def _start_monitor(placement: Placement, activity: Activity, start: Start) -> Monitor:
     agent = launcher.agent_holds_store()
     keeper = "the agent of torchrun" if agent else "rank 0"
     holds_store = placement.rank == 0 and not agent
-    monitor = Monitor(placement, activity, watch.connect(placement), holds_store, keeper)
+    monitor = Monitor(placement, activity, watch.connect(placement, start.keys), holds_store, keeper)
     monitor.start()
     return monitor
 
@@ -301,15 +312,19 @@ def _own_device(placement: Placement) -> torch.device:
     return device
 
 
-def _rendezvous(placement: Placement) -> dist.Store:
+def _rendezvous(placement: Placement) -> tuple[dist.Store, Start]:
     # An agent listens before it starts its ranks: if it does not answer, it is gone.
-    timeout = AGENT_ANSWERS_WITHIN if launcher.agent_holds_store() else COLLECTIVE_TIMEOUT
+    agent, start = launcher.agent_holds_store(), starts.ONLY
+    timeout = AGENT_ANSWERS_WITHIN if agent else COLLECTIVE_TIMEOUT
+    rank, world_size = placement.rank, placement.world_size
     try:
-        store, _, _ = next(dist.rendezvous("env://", placement.rank, placement.world_size, timeout=timeout))
-    except dist.DistError as error:
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+        store.set_timeout(COLLECTIVE_TIMEOUT)
+        if agent:
+            start = starts.number_start(store, rank, world_size, COLLECTIVE_TIMEOUT)
+    except (dist.DistError, TimeoutError) as error:
         raise GradsDistError(_explain_rendezvous(placement, str(error))) from error
-    store.set_timeout(COLLECTIVE_TIMEOUT)
-    return dist.PrefixStore("grads_dist", store)
+    return dist.PrefixStore(start.keys, store), start
 
 
 def _explain_rendezvous(placement: Placement, message: str) -> str:
