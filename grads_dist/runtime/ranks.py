@@ -184,15 +184,18 @@ class Ranks:
         with stopping.deferred(), self._activity.working(label):
             yield
 
-    def beat(self, doing: str, kind: str = "") -> None:
+    def beat(self, doing: str, kind: str = "", cost: float = 0.0) -> None:
         """Say what this rank does now, such as `rows 12-19`; at the start of every micro-batch. No I/O.
 
         Until the next beat the rank may take five times as long as between earlier beats of the same kind,
         but at least 40 s, and 30 minutes for the first of a kind in a pass. An optimizer step that comes once
         in many micro-batches should be of a kind of its own.
+
+        cost: roughly proportional to the time until the next beat, so that a batch that is larger than those
+            before it has more time; 0 if not known.
         """
         self._check()
-        self._activity.beat(doing, kind)
+        self._activity.beat(doing, kind, cost)
 
     def check_at_beats(self, check: Callable[[], None]) -> None:
         """Let every beat of this rank begin with `check`, which raises if the run must not go on; no I/O."""
