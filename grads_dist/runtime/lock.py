@@ -266,6 +266,15 @@ def _namespace() -> str:
     return os.readlink("/proc/self/ns/pid")
 
 
+def owner_token(root: Path) -> str | None:
+    """What names the run that is writing the run directory `root`, and no other; None where nobody is."""
+    try:
+        owner = _read(root / LOCK)
+    except OSError:
+        return None
+    return None if owner is None else owner.token
+
+
 def describe_owner(root: Path) -> str | None:
     """Who is writing the run directory `root`, in words; None where nobody is, as far as can be seen."""
     owner = _read(root / LOCK)
