@@ -6,8 +6,8 @@ import re
 import socket
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from typing import NoReturn, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from grads_dist.errors import ConfigError, GradsDistError
 from grads_dist.runtime import launcher, starts, stopping, watch
 from grads_dist.runtime.activity import Activity
 from grads_dist.runtime.launcher import Placement
+from grads_dist.runtime.lock import boot_id
 from grads_dist.runtime.starts import Start
 from grads_dist.runtime.watch import Monitor
 
@@ -32,6 +33,15 @@ _BROKEN = re.compile(
 _COLLECTIVE_FILES = ("torch/distributed/", "deepspeed/comm/")
 
 _started: "Ranks | None" = None
+
+
+class Gpu(NamedTuple):
+    """The GPU of a rank; its number says little, as it is 0 where each rank is shown its own alone."""
+
+    host: str
+    boot: str
+    """The host, told from others of the name."""
+    uuid: str
 
 
 class Ranks:
@@ -135,6 +145,13 @@ class Ranks:
         if first is not None:
             self.shared_error = first
             raise first
+
+    def check_devices(self) -> None:
+        """Raise ConfigError on all ranks where two of them share a GPU. Collective."""
+        problem = shared_gpu(self.gather(_own_gpu(self.device)))
+        if problem is not None:
+            self.shared_error = ConfigError(problem)
+            raise self.shared_error
 
     def gather(self, obj: T) -> list[T]:
         """Collect one picklable object a rank, in rank order, on every rank. Collective."""
@@ -277,13 +294,28 @@ def pick_device(local_rank: int, num_gpus: int) -> str:
     if num_gpus == 0:
         return "cpu"
     if num_gpus == 1:
-        # Slurm and MPI set-ups may show each rank its own GPU only, as number 0.
+        # Slurm and MPI set-ups may show each rank its own GPU only, as number 0: see `check_devices`.
         return "cuda:0"
     if local_rank >= num_gpus:
         raise ConfigError(
             f"ranks per node: local rank {local_rank} has no GPU; allowed: at most {num_gpus} on this node"
         )
     return f"cuda:{local_rank}"
+
+
+def shared_gpu(gpus: Sequence[Gpu | None]) -> str | None:
+    """What is wrong where two ranks have the same GPU, from those of all ranks; None if no two do."""
+    seen: dict[tuple[str, str], int] = {}
+    for rank, gpu in enumerate(gpus):
+        if gpu is None:
+            continue
+        first = seen.setdefault((gpu.boot, gpu.uuid), rank)
+        if first != rank:
+            return (
+                f"ranks per node: ranks {first} and {rank} (host {gpu.host}) have the same GPU ({gpu.uuid}); "
+                "allowed: one rank a GPU, and each rank shown its own if it is shown one"
+            )
+    return None
 
 
 def is_broken_collective(error: BaseException) -> bool:
@@ -313,6 +345,13 @@ def _own_device(placement: Placement) -> torch.device:
     else:
         launcher.choose_cpu_for_deepspeed()
     return device
+
+
+def _own_gpu(device: torch.device) -> Gpu | None:
+    if device.type != "cuda":
+        return None
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    return Gpu(socket.gethostname(), boot_id(), uuid)
 
 
 def _rendezvous(placement: Placement) -> tuple[dist.Store, Start]:

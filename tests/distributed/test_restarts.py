@@ -23,6 +23,7 @@ NUM_ROWS = 600
 BOUND = 32 * float(np.finfo(np.float32).eps)
 """As in test_launchers.py."""
 TIMEOUT = 300
+OVERWRITE = ["--overwrite"]
 
 
 @pytest.fixture(scope="module")
@@ -99,17 +100,17 @@ def check(folder: Path, name: str, before: dict[Path, int]) -> None:
     assert not faults, "\n".join(faults)
 
 
-@pytest.mark.parametrize(("rank", "flags"), [(1, []), (0, ["--overwrite"])])
-def test_a_rank_that_is_killed_is_started_again(folder, rank, flags):
+@pytest.mark.parametrize(("num_ranks", "rank", "flags"), [(2, 1, []), (2, 0, OVERWRITE), (1, 0, OVERWRITE)])
+def test_a_rank_that_is_killed_is_started_again(folder, num_ranks, rank, flags):
     """With --overwrite the second start goes on, too: it means what was there before the first."""
-    name = f"killed-{rank}"
-    options = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    name = f"killed-{rank}-of-{num_ranks}"
+    options = ["--standalone", "--nproc-per-node", str(num_ranks), "--max-restarts", "1"]
     with agents(folder, name, [options], arguments(folder, name, *flags)) as started:
         before = kill_in_the_middle(folder / name, rank, started)
         code = started[0].wait(TIMEOUT)
     log = (folder / f"{name}-0.log").read_text()
     assert code == 0, log
-    assert "600/600" in log or "probed 600 rows" in log, log
+    assert "probed 600 rows" in log, log
     if rank == 0:
         assert re.search(r"the run of pid \d+ on host .+ is dead; taking over", log), log
     check(folder, name, before)
