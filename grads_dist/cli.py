@@ -90,6 +90,7 @@ def _prepare(args: Sequence[str], ranks: Ranks | None) -> Action:
     """Parse on every rank: what is wrong on one, such as a file that its node lacks, is raised on all."""
     if ranks is None:
         return commands.prepare(args)
+    ranks.check_devices()
     return ranks.on_all(lambda: commands.prepare(args))
 
 

@@ -39,6 +39,8 @@ CLEARING = "clearing"
 """In an identity while what an earlier run has left is removed: shards of both would be mixed up."""
 JOB = "job"
 """The batch job that started the run."""
+LAUNCH = "launch"
+"""The agents of torchrun that started it, if any (`Start.launch`)."""
 
 _SHOWN = 3
 _LONGEST = 60
@@ -123,7 +125,7 @@ def read_identity(path: Path) -> Identity:
 def differences(before: Identity, now: Identity) -> str | None:
     """What changed from one start of a run to another, in words; None where nothing did."""
     now = json.loads(json.dumps(now))
-    for key in (CLEARING, JOB):
+    for key in (CLEARING, JOB, LAUNCH):
         before, now = ({k: v for k, v in identity.items() if k != key} for identity in (before, now))
     told = [_tell(key, was, new) for key, was, new in _changes(before, now, "")]
     told = list(dict.fromkeys(told))

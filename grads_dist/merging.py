@@ -17,7 +17,16 @@ import pyarrow.parquet as pq
 from grads_dist import provenance
 from grads_dist.config import Config, load_config, save_config
 from grads_dist.errors import ConfigError, DataError
-from grads_dist.identity import CLEARING, JOB, UNKNOWN, Identity, differences, hash_tokens, read_identity
+from grads_dist.identity import (
+    CLEARING,
+    JOB,
+    LAUNCH,
+    UNKNOWN,
+    Identity,
+    differences,
+    hash_tokens,
+    read_identity,
+)
 from grads_dist.runtime.lock import RunLock
 from grads_dist.runtime.rundir import RunDir, atomic_write, write_json
 from grads_dist.table.merge import Merged, join_tables
@@ -188,7 +197,8 @@ def _say_how(parts: Sequence[Part], output: RunDir, config: Config, merged: Merg
     """Write what says that the run is complete, and how it came about; the manifest last."""
     save_config(config, output.config)
     tokens = {**parts[0].identity["tokens"], "data.path": _hash_tokens(output)}
-    whole: Identity = {"share": None, "tokens": tokens, "usable_rows": len(merged.index), JOB: None}
+    whole: Identity = {"share": None, "tokens": tokens, "usable_rows": len(merged.index)}
+    whole.update({JOB: None, LAUNCH: None})
     if _lacks_memory(output):
         # Rows with tokens that the table lacks.
         whole.update(tokens={**tokens, "data.path": UNKNOWN}, usable_rows=UNKNOWN)

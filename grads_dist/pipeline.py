@@ -17,6 +17,7 @@ from grads_dist.preparing import Request, prepare, write_rejected
 from grads_dist.runtime import logs
 from grads_dist.runtime.launcher import detect
 from grads_dist.runtime.rundir import RunDir, write_json
+from grads_dist.runtime.shared import check_shared
 from grads_dist.selecting import select_with
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def probe(config: Config, overwrite: bool = False, share: Share | None = None) -
 def _probe(
     config: Config, overwrite: bool, held: ExitStack, selecting: bool, share: Share | None = None
 ) -> str:
+    from grads_dist.data.layout import META
     from grads_dist.data.store import TokenStore
     from grads_dist.probe.run import Task, run_probe
     from grads_dist.runtime.ranks import Ranks
@@ -72,6 +74,8 @@ def _probe(
     rundir = RunDir(Path(absolute(config).output_dir))
     request = Request(absolute(config), rundir, overwrite, selecting, share)
     prepared = ranks.on_main(lambda: prepare(request, ranks, held))
+    corpora = [] if prepared.finished else [c for c in (prepared.corpus, prepared.target) if c is not None]
+    check_shared(ranks, rundir.root, [corpus.tokens / META for corpus in corpora])
     logs.log_to_file(rundir.logs_dir, ranks.rank, append=prepared.resumed)
     if prepared.finished:
         return f"probed {prepared.num_rows} rows by an earlier start: {rundir.scores}"

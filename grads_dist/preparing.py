@@ -19,7 +19,7 @@ from grads_dist.config import Config, save_config
 from grads_dist.data.config import DataConfig
 from grads_dist.data.corpus import Corpus
 from grads_dist.errors import ConfigError
-from grads_dist.identity import CLEARING, JOB, Identity, Share, differences, identify, read_identity
+from grads_dist.identity import CLEARING, JOB, LAUNCH, Identity, Share, differences, identify, read_identity
 from grads_dist.preflight import check_before_work
 from grads_dist.resume import Done, take_stock
 from grads_dist.runtime import launcher
@@ -146,8 +146,9 @@ def _settle(
     deepspeed = load_deepspeed_config(config.deepspeed)
     dtype = str(probe_dtype(config.model, deepspeed, ranks.device)).removeprefix("torch.")
     identity = identify(config, corpora, deepspeed, request.share, num_rows, dtype)
-    identity[JOB] = launcher.job()
-    resumed = _goes_on(rundir, identity, request.overwrite)
+    identity[JOB], identity[LAUNCH] = launcher.job(), ranks.launched_as.launch
+    restarted = launcher.is_restarted() or ranks.launched_as.again
+    resumed = _goes_on(rundir, identity, request.overwrite, restarted)
     finished = resumed and rundir.manifest.exists()
     if finished:
         remove_checkpoints(rundir.checkpoints)
@@ -174,18 +175,18 @@ def _settle(
     return replace(prepared, config=config, resumed=resumed, finished=finished, done=done)
 
 
-def _goes_on(rundir: RunDir, identity: Identity, overwrite: bool) -> bool:
+def _goes_on(rundir: RunDir, identity: Identity, overwrite: bool, restarted: bool) -> bool:
     """Whether an earlier start has left something that counts. Raises ConfigError where it was another run.
 
-    A batch job that is queued again with `overwrite` means what was there before it, and not what it has done
-    itself so far.
+    A batch job that is queued again with `overwrite`, and ranks that torchrun starts again, mean what was
+    there before, and not what they have done themselves so far.
     """
     if not rundir.started.exists():
         return False
-    if overwrite and not launcher.is_restarted():
+    if overwrite and not restarted:
         return False
     before = read_identity(rundir.started)
-    if overwrite and before.get(JOB) != identity[JOB]:
+    if overwrite and not _is_their_own(before, identity):
         return False
     changed = differences(before, identity)
     if changed is not None:
@@ -194,6 +195,12 @@ def _goes_on(rundir: RunDir, identity: Identity, overwrite: bool) -> bool:
             "another folder, or --overwrite to start anew"
         )
     return not before.get(CLEARING, False)
+
+
+def _is_their_own(before: Identity, now: Identity) -> bool:
+    """Whether a run was started by the batch job, or by the agents of torchrun, that start it now."""
+    same_job = launcher.is_restarted() and before.get(JOB) == now[JOB]
+    return same_job or (now[LAUNCH] is not None and before.get(LAUNCH) == now[LAUNCH])
 
 
 def _describe_start(rundir: RunDir, ranks: Ranks) -> None:

@@ -343,6 +343,14 @@ def test_a_bad_argument_under_two_ranks_is_one_line(torchrun):
         ),
         ("main_only", [0, 0], []),
         (
+            "same_gpu",
+            [2, 2],
+            [
+                "grads-dist: error: ranks per node: ranks 0 and 1 (host n0) have the same GPU (gpu0); "
+                "allowed: one rank a GPU, and each rank shown its own if it is shown one"
+            ],
+        ),
+        (
             "interrupt_1",
             [4, 4],
             ["grads-dist: error: interrupted by SIGUSR1; start the same command again to go on"],
@@ -383,5 +391,9 @@ def _break():
 
 if __name__ == "__main__":
     case = sys.argv[1]
+    if case == "same_gpu":
+        from grads_dist.runtime import ranks
+
+        ranks._own_gpu = lambda device: ranks.Gpu("n0", "boot0", "gpu0")
     commands.COMMANDS["run"] = Command("test", lambda args: lambda: _case(case), case != "main_only")
     sys.exit(cli.main(["run"]))

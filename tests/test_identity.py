@@ -77,7 +77,8 @@ def test_what_shares_cannot_say_is_not_compared():
 
 
 def test_how_it_was_started_is_not_compared():
-    assert differences({**BASE, "job": "slurm job 1", "clearing": True}, {**BASE, "job": None}) is None
+    started = {"job": "slurm job 1", "launch": "a1", "clearing": True}
+    assert differences({**BASE, **started}, {**BASE, "job": None}) is None
 
 
 def test_many_changes_are_counted():

@@ -37,6 +37,20 @@ def test_pick_device_refuses_more_ranks_than_gpus():
         pick_device(2, 2)
 
 
+def test_ranks_that_share_a_gpu_are_named():
+    from grads_dist.runtime.ranks import Gpu, shared_gpu
+
+    own = [Gpu(f"n{node}", f"boot{node}", f"gpu{node}{i}") for node in (0, 1) for i in (0, 1)]
+    assert shared_gpu([None, None]) is None
+    assert shared_gpu([*own, None, None]) is None
+    # Two hosts of one name, and a number that is unique on its host alone.
+    assert shared_gpu([own[0], own[0]._replace(boot="another")]) is None
+    assert shared_gpu([*own[:3], None, own[2], own[0]]) == (
+        "ranks per node: ranks 2 and 4 (host n1) have the same GPU (gpu10); allowed: one rank a GPU, and "
+        "each rank shown its own if it is shown one"
+    )
+
+
 def test_two_ranks_under_torchrun(torchrun, tmp_path):
     done = torchrun(2, Path(__file__), "cases", str(tmp_path))
     assert done.returncode == 0, done.stderr

@@ -9,8 +9,10 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from grads_dist.errors import ConfigError
 from grads_dist.runtime.activity import FIRST_LIMIT, MIN_LIMIT, Activity, find_main
@@ -113,6 +115,15 @@ def test_a_rank_that_may_still_get_on_is_waited_for():
     assert _at_fault(_beat(0), _beat(1, state="elsewhere", waiting=False)) is None
 
 
+def test_a_rank_that_may_wait_unseen_for_a_long_batch_is_no_culprit():
+    """On a GPU rank 0 looks busy while it waits for rank 1, which has a long row."""
+    long = {"waiting": False, "limit": 1800.0, "stalled": 49.0}
+    assert _at_fault(_beat(0, waiting=False), _beat(1, **long)) is None
+    # But not for one that gets on.
+    assert _at_fault(_beat(0, waiting=False), _beat(1, **long | {"stalled": 3.0})) == 0
+    assert _at_fault(_beat(0, waiting=False), _beat(1, **long | {"stalled": 1801.0}, progress=4)) == 1
+
+
 def test_ranks_that_all_wait_are_hung():
     assert _at_fault(_beat(0), _beat(1, progress=4), _beat(2)) == 1
     assert _at_fault(_beat(0), _beat(1, stalled=3.0)) is None
@@ -160,31 +171,116 @@ def test_nothing_is_collected_while_frames_are_looked_at():
     assert gc.isenabled() and places and "_find_main" not in places
 
 
-def test_the_limit_follows_the_longest_pause_of_a_kind(monkeypatch):
-    now = 0.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    activity = Activity()
+class Clocked:
+    """An activity in a pass, and a clock that moves when it is told to."""
 
-    def at(seconds, kind):
-        nonlocal now
-        now = seconds
-        activity.beat("rows", kind)
-        return activity.limit()
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+        self.activity = Activity()
 
-    with activity.working("pass"):
-        assert activity.limit() == FIRST_LIMIT
-        assert at(0, "batch") == FIRST_LIMIT
-        assert at(20, "batch") == 100
-        assert at(21, "update") == FIRST_LIMIT
-        assert at(51, "batch") == 100
-        assert at(52, "update") == 150
-        for second in range(53, 53 + 100):
-            limit = at(second, "batch")
-        assert limit == MIN_LIMIT
+    def step(self, seconds, cost=0.0, kind="batch"):
+        """A step that takes so long; returns how long it might have taken."""
+        self.activity.beat("rows", kind, cost)
+        self.now += seconds
+        return self.activity.limit()
+
+
+@pytest.fixture
+def clocked(monkeypatch):
+    found = Clocked(monkeypatch)
+    with found.activity.working("pass"):
+        yield found
+
+
+def test_the_limit_follows_the_longest_pause_of_a_kind(clocked):
+    assert clocked.activity.limit() == FIRST_LIMIT
+    assert clocked.step(20) == FIRST_LIMIT
+    # On a GPU the first may still be under way.
+    assert clocked.step(1) == FIRST_LIMIT
+    assert clocked.step(1) == 100
+    assert clocked.step(30, kind="update") == FIRST_LIMIT
+    assert clocked.step(1) == FIRST_LIMIT
+    assert clocked.step(1) == 100
+    assert clocked.step(1, kind="update") == 150
+    limits = [clocked.step(1) for _ in range(100)]
+    assert limits[-1] == MIN_LIMIT
+
+
+def test_a_batch_that_is_much_larger_than_any_before_has_the_time_of_a_first_one(clocked):
+    for _ in range(100):
+        ordinary = clocked.step(0.1, cost=1000)
+    assert ordinary == MIN_LIMIT
+    assert clocked.step(100, cost=1e6) == FIRST_LIMIT
+    # On a GPU it is waited for while the next is under way.
+    assert clocked.step(0.5, cost=1000) == FIRST_LIMIT
+    limits = [clocked.step(0.5, cost=1000) for _ in range(100)]
+    assert limits[0] == 5 * 100 and limits[-1] == MIN_LIMIT
+    # Of one as large it is known how long it takes.
+    assert clocked.step(100, cost=1e6) == 5 * 100
+    assert clocked.step(0.5, cost=1000) == 5 * 100
+
+
+def test_a_batch_that_is_larger_has_more_time_in_proportion(clocked):
+    for _ in range(10):
+        clocked.step(6, cost=1000)
+    assert clocked.step(6, cost=1000) == MIN_LIMIT
+    assert clocked.step(6, cost=4000) == 5 * 4 * 6
+    for _ in range(3):
+        clocked.step(6, cost=1000)
+    # As slow as before, however much larger: more than half an hour.
+    assert clocked.step(0, cost=1e6) == 5 * 250 * 6
+
+
+def test_numbers_that_come_late_count_for_the_batch_that_they_are_of(clocked):
+    """As on a GPU, where a pause is the time of the batch before."""
+    for _ in range(10):
+        clocked.step(0.5, cost=1000)
+    for _ in range(2):
+        assert clocked.step(0.5, cost=1e6) >= 300
+        assert clocked.step(60, cost=1000, kind="step") >= 300
+        for _ in range(100):
+            ordinary = clocked.step(0.5, cost=1000)
+        assert ordinary == MIN_LIMIT
+
+
+def test_a_rehearsal_says_how_long_the_largest_takes(clocked):
+    for cost in (4e6, 1e6):
+        assert clocked.step(cost / 1e5, cost, kind="rehearsal") == FIRST_LIMIT
+    for _ in range(100):
+        clocked.step(0.5, cost=1000)
+        ordinary = clocked.step(0.5, cost=1000, kind="step")
+    assert ordinary == MIN_LIMIT
+    assert clocked.step(30, cost=3e6, kind="step") == 5 * 40
+    assert clocked.step(0.5, cost=1000) == 5 * 40
+
+
+def test_what_stands_between_a_write_and_its_batch_is_a_pause(clocked):
+    """Else batches after each of which something is written would seem to take no time."""
+    for _ in range(3):
+        clocked.step(20)
+        with clocked.activity.aside("paused"):
+            clocked.now += 1000
+    assert clocked.step(0) == 100
+
+
+def test_a_batch_is_announced_with_its_cost():
+    from grads_dist.probe.batches import rehearsal_batch
+    from grads_dist.probe.work import Work, batch_cost
+
+    seen = []
+    ranks = SimpleNamespace(beat=lambda *told: seen.append(told))
+    work = Work(SimpleNamespace(ranks=ranks), store=None, config=None, scores=None, features=None)
+    for shape in ((100, 40), (1, 64000)):
+        work.beat(rehearsal_batch(*shape, 9, torch.device("cpu")), "step 3, ", "step")
+    costs = [cost for _, _, cost in seen]
+    assert [told[:2] for told in seen] == [("step 3, nothing, beside the other ranks", "step")] * 2
+    assert costs == [batch_cost(100, 40), batch_cost(1, 64000)]
+    # Sixteen times the tokens, and attention over all of them.
+    assert costs[1] > 500 * costs[0]
 
 
 def _case(what, place, alone):
-    import torch
     import torch.distributed as dist
 
     from grads_dist.runtime.launcher import detect

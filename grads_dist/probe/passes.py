@@ -98,7 +98,7 @@ def _train_step(work: Work, plan: Plan, step: int, record: bool, number: int, pr
     finite, before = False, None
     for batch, last in _step_batches(work, plan, step):
         kind = "step" if last else "micro-batch"
-        work.session.ranks.beat(f"step {number}, {work.describe(batch)}", kind)
+        work.beat(batch, f"step {number}, ", kind)
         sent = _train_micro_batch(work, batch, last, record)
         # Numbers are asked for when the next micro-batch is under way.
         finite |= _receive(work, before, number, progress)

@@ -89,7 +89,7 @@ class _Sweep:
                 work.rehearse([self.plan.batch(k) for k in largest], record=self.label != FEATURES)
             flushed, written = 0, time.monotonic()
             for group, batch, seen, ends in self._batches(shares):
-                ranks.beat(work.describe(batch))
+                work.beat(batch)
                 self._try(batch, progress)
                 stops = self._stops()
                 late = time.monotonic() - written > FLUSH_SECONDS

@@ -25,6 +25,10 @@ from grads_dist.table.shards import FeatureShards, ScoreShards, SentScores
 
 log = logging.getLogger(__name__)
 
+COSTLY_LENGTH = 1024
+"""Tokens of a row at which attention, which grows with their square, is taken to cost as much as all else.
+In a model of width d it does at about 6 d: so long rows have too much time rather than too little."""
+
 
 @dataclass(frozen=True)
 class Sent:
@@ -109,6 +113,11 @@ class Work:
             return "nothing, beside the other ranks"
         return f"rows {name_rows(self.store.index[batch.rows.numpy()])}"
 
+    def beat(self, batch: Batch, before: str = "", kind: str = "") -> None:
+        """Say that this rank begins with a batch, with `before` before its rows; `kind` as in `Ranks`."""
+        cost = batch_cost(*batch.input_ids.shape)
+        self.session.ranks.beat(f"{before}{self.describe(batch)}", kind, cost)
+
     def does_not_fit(self, rows: np.ndarray) -> GradsDistError:
         """The error for a batch of these rows of the store that ran out of memory."""
         longest = int(self.store.num_tokens[rows].max())
@@ -120,10 +129,9 @@ class Work:
         record: whether the pass reads statistics. Collective where passes are.
         """
         for rows in batches:
-            self.session.ranks.beat(
-                f"rehearsal of the largest batch, rows {name_rows(self.store.index[rows])}", "rehearsal"
-            )
             shape = (len(rows), int(self.store.num_tokens[rows].max()))
+            doing = f"rehearsal of the largest batch, rows {name_rows(self.store.index[rows])}"
+            self.session.ranks.beat(doing, "rehearsal", batch_cost(*shape))
             try:
                 device, vocab_size = self.session.ranks.device, self.session.model.anatomy.vocab_size
                 self.session.rehearse(rehearsal_batch(*shape, vocab_size, device), record)
@@ -132,3 +140,8 @@ class Work:
                 if not is_out_of_memory(error):
                     raise
             raise self.does_not_fit(rows)
+
+
+def batch_cost(num_rows: int, num_tokens: int) -> float:
+    """What a batch of so many rows of so many tokens costs, roughly in proportion to its time."""
+    return num_rows * num_tokens * (1 + num_tokens / COSTLY_LENGTH)

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import math
 import sys
 import time
 from collections import deque
@@ -18,6 +19,8 @@ SLACK = 5
 """Times the longest pause so far that the next one may take."""
 KEPT = 64
 """Pauses of a kind that are remembered, so that the first, with its compilation, is forgotten some day."""
+NEW_SIZE = 2
+"""Powers of two by which a step may cost more than any before it and still not count as a first one."""
 
 State = Literal["elsewhere", "working", "paused", "meeting"]
 
@@ -33,14 +36,19 @@ class Activity:
         self.state: State = "elsewhere"
         self.doing = ""
         self.beats = 0
+        self._limit, self._own_limit = FIRST_LIMIT, 0.0
         self._kind: str | None = None
+        self._cost = self._cost_before = 0.0
         self._since = time.monotonic()
         self._pauses: dict[str, deque[float]] = {}
+        # (cost, seconds) of steps that cost between 2^k and 2^(k + 1), of any kind.
+        self._sizes: dict[int, deque[tuple[float, float]]] = {}
 
     @contextlib.contextmanager
     def working(self, label: str) -> Iterator[None]:
         """A pass over the corpus: between beats, time is limited."""
-        self._pauses = {}
+        self._pauses, self._sizes, self._cost = {}, {}, 0.0
+        self._limit, self._own_limit = FIRST_LIMIT, 0.0
         self._kind, self._since, self.doing = None, time.monotonic(), label
         self.beats += 1
         self.state = "working"
@@ -54,28 +62,68 @@ class Activity:
     @contextlib.contextmanager
     def aside(self, state: Literal["paused", "meeting"]) -> Iterator[None]:
         """Something that may take long; what comes after it has its time from the start again."""
-        before = self.state
+        before, since = self.state, time.monotonic()
         if state == "meeting" or before == "working":
             self.state = state
         try:
             yield
         finally:
-            self._since = time.monotonic()
+            # What was done before it counts for the pauses to come.
+            self._since += time.monotonic() - since
             self.beats += 1
             self.state = before
 
-    def beat(self, doing: str, kind: str) -> None:
-        """The main thread has got on and is `doing` something new, comparable to others of its kind."""
+    def beat(self, doing: str, kind: str, cost: float = 0.0) -> None:
+        """The main thread has got on and is `doing` something new, comparable to others of its kind.
+
+        On a GPU the one before may still be under way, and is waited for in the course of this one. So a
+        pause is put down to the costlier of the two, and has the time that the longer of them may take.
+
+        cost: roughly proportional to the time that it takes; 0 if that is not known.
+        """
         now = time.monotonic()
         if self._kind is not None:
-            self._pauses.setdefault(self._kind, deque(maxlen=KEPT)).append(now - self._since)
+            self._remember(now - self._since)
+        before, self._own_limit = self._own_limit, self._limit_of(kind, cost)
+        self._limit = max(before, self._own_limit)
+        self._cost_before, self._cost = self._cost, cost
         self._kind, self._since, self.doing = kind, now, doing
         self.beats += 1
 
     def limit(self) -> float:
         """Seconds that the present step may take."""
-        pauses = self._pauses.get(self._kind) if self._kind is not None else None
-        return max(MIN_LIMIT, SLACK * max(pauses)) if pauses else FIRST_LIMIT
+        return self._limit
+
+    def _remember(self, seconds: float) -> None:
+        assert self._kind is not None
+        self._pauses.setdefault(self._kind, deque(maxlen=KEPT)).append(seconds)
+        cost = max(self._cost, self._cost_before)
+        if cost > 0:
+            self._sizes.setdefault(_size(cost), deque(maxlen=KEPT)).append((cost, seconds))
+
+    def _limit_of(self, kind: str, cost: float) -> float:
+        pauses = self._pauses.get(kind)
+        if not pauses:
+            return FIRST_LIMIT
+        limit = max(MIN_LIMIT, SLACK * max(pauses))
+        return max(limit, self._limit_by_cost(cost)) if cost > 0 and self._sizes else limit
+
+    def _limit_by_cost(self, cost: float) -> float:
+        """The limit by the steps of this cost, or of the next above it that are known, of any kind.
+
+        Where none is, by the costliest in proportion; and one that is much costlier is a first one: it may
+        be the first for which kernels are compiled or memory is found.
+        """
+        size, largest = _size(cost), max(self._sizes)
+        if size <= largest:
+            like = self._sizes[min(known for known in self._sizes if known >= size)]
+            return SLACK * max(seconds for _, seconds in like)
+        limit = SLACK * max(seconds * cost / less for less, seconds in self._sizes[largest])
+        return max(limit, FIRST_LIMIT) if size > largest + NEW_SIZE else limit
+
+
+def _size(cost: float) -> int:
+    return int(math.log2(cost))
 
 
 def find_main(thread: int, own: set[int]) -> tuple[bool, str]:

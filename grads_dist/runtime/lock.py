@@ -57,7 +57,7 @@ class Owner:
             host=socket.gethostname(),
             pid=os.getpid(),
             started=_started(os.getpid()) or 0,
-            boot=_boot(),
+            boot=boot_id(),
             namespace=_namespace(),
             launcher=launcher.detect().launcher,
             job=launcher.job(),
@@ -70,7 +70,7 @@ class Owner:
 
     def lives(self) -> bool | None:
         """Whether the process is there; None if that cannot be seen from here."""
-        if (self.boot, self.namespace) != (_boot(), _namespace()):
+        if (self.boot, self.namespace) != (boot_id(), _namespace()):
             return None
         started = _started(self.pid)
         if started is None:
@@ -258,12 +258,22 @@ def _started(pid: int) -> int | None:
     return GONE if fields[0] in "ZX" else int(fields[19])
 
 
-def _boot() -> str:
+def boot_id() -> str:
+    """What tells this host, since it was started, from all others; the same in its containers."""
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
 def _namespace() -> str:
     return os.readlink("/proc/self/ns/pid")
+
+
+def owner_token(root: Path) -> str | None:
+    """What names the run that is writing the run directory `root`, and no other; None where nobody is."""
+    try:
+        owner = _read(root / LOCK)
+    except OSError:
+        return None
+    return None if owner is None else owner.token
 
 
 def describe_owner(root: Path) -> str | None:

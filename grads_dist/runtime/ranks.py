@@ -6,16 +6,18 @@ import re
 import socket
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from typing import NoReturn, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from grads_dist.errors import ConfigError, GradsDistError
-from grads_dist.runtime import launcher, stopping, watch
+from grads_dist.runtime import launcher, starts, stopping, watch
 from grads_dist.runtime.activity import Activity
 from grads_dist.runtime.launcher import Placement
+from grads_dist.runtime.lock import boot_id
+from grads_dist.runtime.starts import Start
 from grads_dist.runtime.watch import Monitor
 
 T = TypeVar("T")
@@ -33,6 +35,15 @@ _COLLECTIVE_FILES = ("torch/distributed/", "deepspeed/comm/")
 _started: "Ranks | None" = None
 
 
+class Gpu(NamedTuple):
+    """The GPU of a rank; its number says little, as it is 0 where each rank is shown its own alone."""
+
+    host: str
+    boot: str
+    """The host, told from others of the name."""
+    uuid: str
+
+
 class Ranks:
     """One process's view of all ranks; the lifetime of the default process group.
 
@@ -40,13 +51,21 @@ class Ranks:
     the GPU nor mix with the model's collectives.
     """
 
-    def __init__(self, placement: Placement, device: torch.device, store: dist.Store | None) -> None:
+    def __init__(
+        self,
+        placement: Placement,
+        device: torch.device,
+        store: dist.Store | None,
+        start: Start = starts.ONLY,
+    ) -> None:
         self.placement = placement
         self.rank = placement.rank
         self.world_size = placement.world_size
         self.local_rank = placement.local_rank
         self.device = device
         self.is_main = placement.rank == 0
+        self.launched_as = start
+        """Which start of the ranks this is, where a launcher may start them again."""
         self._store = store
         self._control = (
             dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if store is not None else None
@@ -56,7 +75,7 @@ class Ranks:
         self._check: Callable[[], None] = lambda: None
         self._monitor: Monitor | None = None
         if store is not None:
-            self._monitor = _start_monitor(placement, self._activity)
+            self._monitor = _start_monitor(placement, self._activity, start)
         # The error that all ranks raised together, if any: after it they may still meet, after others not.
         self.shared_error: GradsDistError | None = None
 
@@ -70,11 +89,13 @@ class Ranks:
         if _started is None:
             launcher.export(placement)
             device = _own_device(placement)
-            store = None
+            store, start = None, starts.ONLY
             if placement.world_size > 1:
-                store = _rendezvous(placement)
+                store, start = _rendezvous(placement)
                 _init_group(device, store, placement.rank, placement.world_size)
-            _started = Ranks(placement, device, store)
+            elif placement.launcher == "torchrun" and launcher.agent_holds_store():
+                _, start = _rendezvous(placement)
+            _started = Ranks(placement, device, store, start)
         return _started
 
     def ensure_group(self) -> None:
@@ -125,6 +146,13 @@ class Ranks:
             self.shared_error = first
             raise first
 
+    def check_devices(self) -> None:
+        """Raise ConfigError on all ranks where two of them share a GPU. Collective."""
+        problem = shared_gpu(self.gather(_own_gpu(self.device)))
+        if problem is not None:
+            self.shared_error = ConfigError(problem)
+            raise self.shared_error
+
     def gather(self, obj: T) -> list[T]:
         """Collect one picklable object a rank, in rank order, on every rank. Collective."""
         if self.world_size == 1:
@@ -173,15 +201,18 @@ class Ranks:
         with stopping.deferred(), self._activity.working(label):
             yield
 
-    def beat(self, doing: str, kind: str = "") -> None:
+    def beat(self, doing: str, kind: str = "", cost: float = 0.0) -> None:
         """Say what this rank does now, such as `rows 12-19`; at the start of every micro-batch. No I/O.
 
         Until the next beat the rank may take five times as long as between earlier beats of the same kind,
         but at least 40 s, and 30 minutes for the first of a kind in a pass. An optimizer step that comes once
         in many micro-batches should be of a kind of its own.
+
+        cost: roughly proportional to the time until the next beat, so that a batch that is larger than those
+            before it has more time; 0 if not known.
         """
         self._check()
-        self._activity.beat(doing, kind)
+        self._activity.beat(doing, kind, cost)
 
     def check_at_beats(self, check: Callable[[], None]) -> None:
         """Let every beat of this rank begin with `check`, which raises if the run must not go on; no I/O."""
@@ -263,13 +294,28 @@ def pick_device(local_rank: int, num_gpus: int) -> str:
     if num_gpus == 0:
         return "cpu"
     if num_gpus == 1:
-        # Slurm and MPI set-ups may show each rank its own GPU only, as number 0.
+        # Slurm and MPI set-ups may show each rank its own GPU only, as number 0: see `check_devices`.
         return "cuda:0"
     if local_rank >= num_gpus:
         raise ConfigError(
             f"ranks per node: local rank {local_rank} has no GPU; allowed: at most {num_gpus} on this node"
         )
     return f"cuda:{local_rank}"
+
+
+def shared_gpu(gpus: Sequence[Gpu | None]) -> str | None:
+    """What is wrong where two ranks have the same GPU, from those of all ranks; None if no two do."""
+    seen: dict[tuple[str, str], int] = {}
+    for rank, gpu in enumerate(gpus):
+        if gpu is None:
+            continue
+        first = seen.setdefault((gpu.boot, gpu.uuid), rank)
+        if first != rank:
+            return (
+                f"ranks per node: ranks {first} and {rank} (host {gpu.host}) have the same GPU ({gpu.uuid}); "
+                "allowed: one rank a GPU, and each rank shown its own if it is shown one"
+            )
+    return None
 
 
 def is_broken_collective(error: BaseException) -> bool:
@@ -282,11 +328,11 @@ def is_broken_collective(error: BaseException) -> bool:
     return any(part in file for file in files for part in _COLLECTIVE_FILES)
 
 
-def _start_monitor(placement: Placement, activity: Activity) -> Monitor:
+def _start_monitor(placement: Placement, activity: Activity, start: Start) -> Monitor:
     agent = launcher.agent_holds_store()
     keeper = "the agent of torchrun" if agent else "rank 0"
     holds_store = placement.rank == 0 and not agent
-    monitor = Monitor(placement, activity, watch.connect(placement), holds_store, keeper)
+    monitor = Monitor(placement, activity, watch.connect(placement, start.keys), holds_store, keeper)
     monitor.start()
     return monitor
 
@@ -301,15 +347,26 @@ def _own_device(placement: Placement) -> torch.device:
     return device
 
 
-def _rendezvous(placement: Placement) -> dist.Store:
+def _own_gpu(device: torch.device) -> Gpu | None:
+    if device.type != "cuda":
+        return None
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    return Gpu(socket.gethostname(), boot_id(), uuid)
+
+
+def _rendezvous(placement: Placement) -> tuple[dist.Store, Start]:
     # An agent listens before it starts its ranks: if it does not answer, it is gone.
-    timeout = AGENT_ANSWERS_WITHIN if launcher.agent_holds_store() else COLLECTIVE_TIMEOUT
+    agent, start = launcher.agent_holds_store(), starts.ONLY
+    timeout = AGENT_ANSWERS_WITHIN if agent else COLLECTIVE_TIMEOUT
+    rank, world_size = placement.rank, placement.world_size
     try:
-        store, _, _ = next(dist.rendezvous("env://", placement.rank, placement.world_size, timeout=timeout))
-    except dist.DistError as error:
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+        store.set_timeout(COLLECTIVE_TIMEOUT)
+        if agent:
+            start = starts.number_start(store, rank, world_size, COLLECTIVE_TIMEOUT)
+    except (dist.DistError, TimeoutError) as error:
         raise GradsDistError(_explain_rendezvous(placement, str(error))) from error
-    store.set_timeout(COLLECTIVE_TIMEOUT)
-    return dist.PrefixStore("grads_dist", store)
+    return dist.PrefixStore(start.keys, store), start
 
 
 def _explain_rendezvous(placement: Placement, message: str) -> str:

@@ -74,13 +74,14 @@ def judge(beats: Sequence[Beat]) -> Failure | None:
 
     While a rank is aside, writing a checkpoint say, nobody is judged: on GPUs it cannot be seen that a main
     thread waits for another rank, as NCCL's collectives return at once and what waits is a later look at a
-    tensor.
+    tensor. For the same reason a rank that is late is not judged while another has been at a batch, which may
+    take that long, for most of the time.
     """
     if any(beat.state == "paused" for beat in beats):
         return None
     working = [beat for beat in beats if beat.state == "working"]
     busy = [beat for beat in working if not beat.waiting]
-    late = [beat for beat in busy if beat.late]
+    late = [beat for beat in busy if beat.late and not _may_wait(beat, busy)]
     if late:
         # The one that others wait for has done least.
         worst = min(late, key=lambda beat: (beat.progress, -beat.stalled, beat.rank))
@@ -91,6 +92,10 @@ def judge(beats: Sequence[Beat]) -> Failure | None:
     return _hung(
         first, f"every rank waits for the others, this one for {first.stalled:.0f} s, at {first.where}"
     )
+
+
+def _may_wait(late: Beat, busy: Sequence[Beat]) -> bool:
+    return any(not other.late and other.stalled > late.stalled / 2 for other in busy)
 
 
 def _hung(beat: Beat, message: str) -> Failure:

@@ -313,8 +313,12 @@ class Monitor:
         logs.record_cause(failure.rank, failure.code, failure.line())
 
 
-def connect(placement: Placement) -> dist.Store:
-    """Another connection to the store of the rendezvous, with the keys of this program."""
+def connect(placement: Placement, keys: str) -> dist.Store:
+    """Another connection to the store of the rendezvous.
+
+    Args:
+        keys: what stands before the keys of this program.
+    """
     client = dist.TCPStore(
         placement.master_addr,
         placement.master_port,
@@ -323,7 +327,7 @@ def connect(placement: Placement) -> dist.Store:
         timeout=datetime.timedelta(seconds=60),
         wait_for_workers=False,
     )
-    return dist.PrefixStore("grads_dist", client)
+    return dist.PrefixStore(keys, client)
 
 
 def _log(line: str, before: str) -> None:

@@ -33,7 +33,7 @@ def stopping_after(micro_batches: int | None) -> Iterator[None]:
     """Let this rank be asked to stop after so many micro-batches."""
     seen = 0
 
-    def beat(self: Ranks, doing: str, kind: str = "") -> None:
+    def beat(self: Ranks, doing: str, kind: str = "", cost: float = 0.0) -> None:
         nonlocal seen
         seen += kind != "rehearsal"
 
