@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import find_adapter_config_file
 
+from grads_dist.data.reach import cache_alone, unreached
 from grads_dist.errors import ConfigError
 from grads_dist.model.adapter import inject_adapter, load_adapter
 from grads_dist.model.config import ModelConfig
@@ -87,6 +88,7 @@ def load_model(
             f"model.name_or_path: {config.name_or_path!r} is quantised, which ZeRO stage 3 cannot shard; use "
             f"stage 2 or below"
         )
+    alone = _cache_alone(config)
     try:
         with _sharded(zero3):
             model, loading = AutoModelForCausalLM.from_pretrained(
@@ -95,6 +97,8 @@ def load_model(
                 dtype=dtype,
                 attn_implementation=config.attn_implementation,
                 trust_remote_code=config.trust_remote_code,
+                local_files_only=alone,
+                adapter_kwargs={"local_files_only": alone},
                 # Quantised weights cannot be moved afterwards.
                 device_map={"": device} if quantised else None,
                 output_loading_info=True,
@@ -141,19 +145,28 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
     Raises ConfigError for an adapter, which would name another model to load, and for a configuration that
     names code to fetch; what transformers raises for all else.
     """
-    if find_adapter_config_file(config.name_or_path, revision=config.revision or "main") is not None:
+    revision, alone = config.revision or "main", _cache_alone(config)
+    found = find_adapter_config_file(config.name_or_path, revision=revision, local_files_only=alone)
+    if found is not None:
         raise ConfigError(
             f"model.name_or_path: {config.name_or_path!r} is an adapter; name its base model there, and the "
             f"adapter in model.adapter"
         )
     if not config.trust_remote_code:
-        stored, _ = PretrainedConfig.get_config_dict(config.name_or_path, revision=config.revision or "main")
+        stored, _ = PretrainedConfig.get_config_dict(
+            config.name_or_path, revision=revision, local_files_only=alone
+        )
         _check_kernels(config, stored)
     return AutoConfig.from_pretrained(
         config.name_or_path,
-        revision=config.revision or "main",
+        revision=revision,
         trust_remote_code=config.trust_remote_code,
+        local_files_only=alone,
     )
+
+
+def _cache_alone(config: ModelConfig) -> bool:
+    return cache_alone(str(config.name_or_path), "model.name_or_path")
 
 
 def _check_kernels(config: ModelConfig, stored: Any) -> None:
@@ -174,8 +187,8 @@ def _check_kernels(config: ModelConfig, stored: Any) -> None:
                 allowed = ", ".join(IMPLEMENTATIONS[kind])
                 raise ConfigError(
                     f"model.name_or_path: the config.json of {config.name_or_path!r} sets {kind} to "
-                    f"{name!r}, which may be code of the hub; allowed: {allowed}, or model.trust_remote_code: "
-                    "true"
+                    f"{name!r}, which may be code of the hub; allowed: {allowed}, or "
+                    "model.trust_remote_code: true"
                 )
 
 
@@ -204,7 +217,10 @@ def _unloadable(config: ModelConfig, error: BaseException) -> str:
     if Path(str(config.name_or_path)).is_dir():
         reason = _reason(error)
         return f"model.name_or_path: {config.name_or_path!r} is no loadable causal language model: {reason}"
-    return f"model.name_or_path: {config.name_or_path!r} is neither a folder nor a hub model within reach"
+    why = f": {unreached()}, and its cache does not hold all of it" if _cache_alone(config) else ""
+    return (
+        f"model.name_or_path: {config.name_or_path!r} is neither a folder nor a hub model within reach{why}"
+    )
 
 
 def _reason(error: BaseException) -> str:
