@@ -62,8 +62,8 @@ def _absolute(path: str) -> str:
 def check_before_work(config: Config, ranks: Ranks, selecting: bool) -> Config:
     """Raise ConfigError for what would fail later; returns the configuration with rows cut at the context.
 
-    Covers the trackers, the DeepSpeed file, the model's type and its targets, and with `selecting` what can
-    be told of the selection without a table.
+    Covers the output directory, the trackers, the DeepSpeed file, the model's type and its targets, and with
+    `selecting` what can be told of the selection without a table.
     """
     from grads_dist.model.anatomy import dissect
     from grads_dist.model.context import within_context
@@ -79,6 +79,7 @@ def check_before_work(config: Config, ranks: Ranks, selecting: bool) -> Config:
     from grads_dist.selection.check import check_selection
     from grads_dist.stats.targets import resolve_targets
 
+    _check_output(config)
     check_trackers(config.report_to)
     text_config = load_text_config(config.model)
     deepspeed = load_deepspeed_config(config.deepspeed)
@@ -93,6 +94,17 @@ def check_before_work(config: Config, ranks: Ranks, selecting: bool) -> Config:
         check_selection(config, list(targets.members), text_config.hidden_size)
     _check_checkpoints(config, model, text_config.vocab_size)
     return replace(config, data=within_context(config.data, text_config))
+
+
+def _check_output(config: Config) -> None:
+    """Refuse to write a run among the files of the corpus; below them it is told from them by its marker."""
+    output = Path(config.output_dir).resolve()
+    for folder in map(Path, config.data.patterns):
+        if locate.reads_all_of(folder, config.data) and folder.resolve() == output:
+            raise ConfigError(
+                f"output_dir: {config.output_dir!r} is the folder of data.path, all files of which are read; "
+                "allowed: another folder, also one inside it"
+            )
 
 
 def _meta_model(config: Config, number: int) -> PreTrainedModel:

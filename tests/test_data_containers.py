@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 
 from grads_dist.data.config import DataConfig
 from grads_dist.data.corpus import Corpus
-from grads_dist.data.locate import absolute, is_hub_id
+from grads_dist.data.locate import absolute, is_hub_id, locate
 from grads_dist.data.rows import Broken
 from grads_dist.errors import ConfigError, DataError, GradsDistError
+from grads_dist.runtime.rundir import MARKER
 
 ROWS = [{**chat(f"question {k}", f'answer, "{k}"\n🤷 [{{}}]'), "id": str(k)} for k in range(7)]
 TABLE = pa.Table.from_pylist(ROWS)
@@ -331,6 +332,46 @@ def test_files_of_several_kinds_are_one_corpus(tmp_path: Path) -> None:
     subset = corpus.write_subset(np.array([1, 3, 5, 7]), tmp_path)
     assert subset.name == "subset.jsonl"
     assert [json.loads(line) for line in subset.read_text(encoding="utf-8").splitlines()] == rows[1::2]
+
+
+@pytest.fixture
+def with_runs(tmp_path: Path) -> Path:
+    """A corpus of two files, with a run, a run of a run and the cache among them."""
+    folder = tmp_path / "data"
+    write(folder, "jsonl", ROWS[:2], "a")
+    write(folder / "more", "jsonl", ROWS[2:3], "b")
+    for run in (folder / "run", folder / "run" / "run", folder / "more" / "run"):
+        (run / "selection" / "default").mkdir(parents=True)
+        (run / MARKER).touch()
+        (run / "environment.json").write_text('{\n"versions": {}\n}')
+        write(run / "selection" / "default", "jsonl", ROWS[5:6], "subset")
+    write(folder / "cache", "jsonl", ROWS[6:], "x")
+    return folder
+
+
+@pytest.mark.parametrize("path", ["", "*", "**/*.jsonl", "**/*.json*", "[am]*"])
+def test_what_this_program_wrote_is_not_part_of_a_corpus(with_runs: Path, path: str) -> None:
+    """Its runs and its cache, below a folder or among what a glob matches."""
+    found = locate(DataConfig(str(with_runs / path), cache_dir=str(with_runs / "cache")))
+    wanted = ["a.jsonl", "b.jsonl"]
+    assert sorted(source.path.name for source in found) == wanted
+
+
+@pytest.mark.parametrize(
+    ("path", "num_files"),
+    [
+        ("run/selection/default", 1), ("*/selection/default/subset.jsonl", 1), ("run/*.json", 1),
+        ("**/subset.jsonl", 3), ("run/selection/*/*", 1), ("run/**/default/*.jsonl", 2), ("cache", 1),
+    ],
+)  # fmt: skip
+def test_what_is_named_inside_a_run_is_read(with_runs: Path, path: str, num_files: int) -> None:
+    found = locate(DataConfig(str(with_runs / path), cache_dir=str(with_runs / "cache")))
+    assert len(found) == num_files
+
+
+def test_a_glob_of_runs_alone_matches_nothing(with_runs: Path) -> None:
+    with pytest.raises(ConfigError, match="matches no file"):
+        locate(DataConfig(str(with_runs / "r*"), cache_dir=str(with_runs / "cache")))
 
 
 def test_subset_takes_the_form_that_all_files_share(tmp_path: Path) -> None:

@@ -143,6 +143,30 @@ def test_a_finished_run_is_not_made_again(finished, folder):
     assert {path: path.stat() for path in paths} == before
 
 
+def test_a_run_inside_the_folder_of_the_corpus(folder, monkeypatch):
+    """As under `data.path: .` with the default output: what it writes is not read by its next start."""
+    inside = folder / "inside"
+    inside.mkdir()
+    shutil.copy(folder / "corpus.jsonl", inside)
+    monkeypatch.chdir(inside)
+    options = {"data__path": ".", "data__cache_dir": inside / "cache", "probe__batch_tokens": 64}
+    arguments = run_arguments(folder, "inside/run", **options, selection__fraction=0.3)
+    done = run_program("run", *arguments)
+    assert done.returncode == 0 and f"probed {NUM_ROWS} rows (" in done.stdout, done.stderr
+    (inside / "run" / "manifest.json").unlink()
+    for command in (["run", *arguments], ["select", "--selection.name", "again"], ["run", *arguments]):
+        done = run_program(*command)
+        assert done.returncode == 0, done.stderr
+    first, again = (inside / "run" / "selection" / name / "subset.jsonl" for name in ("default", "again"))
+    assert first.read_bytes() == again.read_bytes()
+    refused = run_program("run", *arguments, "--output_dir", ".")
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].endswith(
+        f"output_dir: {str(inside)!r} is the folder of data.path, all files of which are read; allowed: "
+        "another folder, also one inside it"
+    )
+
+
 def test_what_decides_nothing_may_change_between_two_starts(finished, folder, tmp_path):
     (tmp_path / "moved").mkdir()
     for name in ("corpus.jsonl", "model"):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,6 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from grads_dist.commands import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ("grads_dist", "kernels", "pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in")
@@ -128,3 +132,36 @@ def test_launch_scripts_pass_arguments_on(tmp_path):
         "-n", "2", "--hosts", "a", "python", "-m", "grads_dist", *ours
     ]  # fmt: skip
     assert launch("mpirun.sh", *ours, folder=tmp_path, NPROC="2")[2:] == ["python", "-m", "grads_dist", *ours]
+
+
+def readme_commands() -> list[list[str]]:
+    """The arguments of every command of the program in README.md."""
+    text = (ROOT / "README.md").read_text()
+    blocks = [block for block in text.split("```")[1::2] if block.startswith("\n")]
+    lines = [line for block in blocks for line in block.splitlines()]
+    lines += [found for found in re.findall(r"`(grads-dist [^`]*)`", text) if "--" in found]
+    variables = dict(line.split("=", 1) for line in lines if re.match(r"\w+=\"", line))
+    commands = []
+    for part in (part for line in lines for part in line.split("&&")):
+        for name, value in variables.items():
+            part = part.replace(f"${name}", value.strip('"'))
+        words = shlex.split(part, comments=True) if re.match(r"\s*(torchrun|grads-dist) ", part) else []
+        program = [i for i, word in enumerate(words) if word in ("grads-dist", "grads_dist")]
+        commands += [words[program[0] + 1 :]] if program else []
+    return commands
+
+
+def test_commands_of_the_readme_fit_its_configuration(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for name in ("c.yaml", "run/config.yaml", "runs/demo/config.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    commands = readme_commands()
+    assert {command[0] for command in commands} == {
+        "run", "probe", "select", "merge", "inspect", "estimate", "status"
+    }  # fmt: skip
+    for command in commands:
+        # A shell would put the folders there.
+        words = [word for word in command if word != "shares/*"]
+        prepare([*words, "shares/1", "shares/2"] if words != command else words)

@@ -220,11 +220,56 @@ def test_code_of_a_tokenizer_is_not_imported(model, mark, refused):
         load_tokenizer(TokenizerSource(str(model)))
 
 
-@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation", "experts_implementation"])
-def test_kernels_that_a_model_names_are_not_fetched(model, refused, name):
-    edit(model / "config.json", **{name: "someone/kernels@main"})
-    with refused("someone/kernels@main", "code of the hub"):
+NAMED_KERNELS = {
+    "attention": {"attn_implementation": "someone/kernels@main"},
+    "attribute": {"_attn_implementation": "someone/kernels@main"},
+    "internal": {"_attn_implementation_internal": "someone/kernels@main"},
+    "experts": {"experts_implementation": "someone/kernels@main"},
+    "paged": {"attn_implementation": "paged|someone/kernels@main"},
+    "map": {"attn_implementation": {"vision_config": "someone/kernels@main"}},
+    "map of maps": {"attn_implementation": {"": "sdpa", "a": {"b": ["eager", "someone/kernels@main"]}}},
+    "experts of a part": {"experts_implementation": {"text_config": "someone/kernels@main"}},
+    "part": {"vision_config": {"attn_implementation": "someone/kernels@main"}},
+    "part of a part": {"a": {"b": [{"_experts_implementation": {"": "someone/kernels@main"}}]}},
+    "layer": {"per_layer_config": {"0": {"attn_implementation": "someone/kernels@main"}}},
+}
+
+
+@pytest.mark.parametrize("name", NAMED_KERNELS)
+def test_kernels_that_a_model_names_are_not_fetched(model, adapter, refused, monkeypatch, name):
+    def fetch(*args, **kwargs):
+        raise AssertionError("a kernel was asked for")
+
+    monkeypatch.setattr("transformers.integrations.hub_kernels.load_and_register_attn_kernel", fetch)
+    edit(model / "config.json", **NAMED_KERNELS[name])
+    for options in ({}, {"adapter": str(adapter)}):
+        for action in (
+            load_text_config,
+            build_on_meta,
+            lambda config: load_model(config, torch.float32, CPU),
+        ):
+            with refused("someone/kernels@main", "code of the hub"):
+                action(ModelConfig(name_or_path=str(model), **options))
+
+
+@pytest.mark.parametrize("name", ["deepgemm", "sonicmoe", "kernels", "eager/", ""])
+def test_implementations_of_unknown_names_are_refused(model, refused, name):
+    edit(model / "config.json", experts_implementation=name)
+    with refused("experts_implementation", "allowed: "):
         load(model)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"attn_implementation": "eager"},
+        {"_attn_implementation": "sdpa", "_attn_implementation_autoset": True},
+        {"attn_implementation": None, "experts_implementation": {"": "eager", "text_config": "grouped_mm"}},
+    ],
+)
+def test_implementations_that_transformers_brings_may_be_named(model, values):
+    edit(model / "config.json", **values)
+    load(model)
 
 
 def test_modules_that_an_adapter_names_are_not_imported(sound, adapter, tmp_path, mark, refused, monkeypatch):

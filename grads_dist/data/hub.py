@@ -13,6 +13,8 @@ import pickle
 import tarfile
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import yaml
 
 from grads_dist.data.cache import publish
 from grads_dist.data.config import DataConfig
+from grads_dist.data.reach import is_reached, unreached
 from grads_dist.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -60,21 +63,35 @@ def _load(name: str, config: DataConfig) -> Any:
         # From version 4 on no dataset can bring code, and the option is gone.
         options["trust_remote_code"] = False
     try:
-        return datasets.load_dataset(
-            name, name=config.name, split=config.split, revision=config.revision, **options
-        )
+        with _cache_alone(name):
+            return datasets.load_dataset(
+                name, name=config.name, split=config.split, revision=config.revision, **options
+            )
     except _LOADING_ERRORS as error:
         raise _refusal(name, error) from error
     except datasets.exceptions.DatasetsError as error:
         raise _refusal(name, error) from error
 
 
+@contextmanager
+def _cache_alone(name: str) -> Iterator[None]:
+    """Let the library look into its cache at once for a dataset of a hub that does not answer."""
+    from datasets import config
+
+    before = config.HF_HUB_OFFLINE
+    config.HF_HUB_OFFLINE = before or not (Path(name).is_dir() or is_reached())
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE = before
+
+
 def _refusal(name: str, error: Exception) -> ConfigError:
-    reason = " ".join(str(error).split())
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
     here = "" if Path(name).is_dir() else "is no file or folder, and "
-    return ConfigError(
-        f"data.path: {name!r} {here}cannot be loaded as a dataset ({type(error).__name__}: {reason})"
-    )
+    if here and isinstance(error, OSError) and not is_reached():
+        reason = f"{unreached()}, and the cache does not hold it"
+    return ConfigError(f"data.path: {name!r} {here}cannot be loaded as a dataset ({reason})")
 
 
 def _num_rows(files: list[Path]) -> int:

@@ -13,6 +13,7 @@ from typing import Literal
 
 from grads_dist.data.config import DataConfig
 from grads_dist.errors import ConfigError, DataError
+from grads_dist.runtime.rundir import MARKER
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +57,9 @@ class Source:
 def locate(config: DataConfig) -> list[Source]:
     """The files of `config.path`, in the order of the list and sorted within a glob or folder.
 
-    What exists under a name is taken before a dataset of the hub. Raises ConfigError for a name without a
-    file, a file of an unknown kind, one named twice, and a split that fits nothing; DataError for a dataset
-    folder that cannot be read.
+    What this program wrote below a folder or glob, runs and the cache, is left out. What exists under a name
+    is taken before a dataset of the hub. Raises ConfigError for a name without a file, a file of an unknown
+    kind, one named twice, and a split that fits nothing; DataError for a dataset folder that cannot be read.
     """
     sources: list[Source] = []
     for pattern in config.patterns:
@@ -84,6 +85,12 @@ def is_hub_id(pattern: str) -> bool:
     return not Path(pattern).exists()
 
 
+def reads_all_of(folder: Path, config: DataConfig) -> bool:
+    """Whether a folder, if `config.path` names it, stands for all its files; else it is a dataset."""
+    described = (folder / _SAVED_DICT).is_file() or (folder / _SAVED).is_file()
+    return folder.is_dir() and not described and config.split is None and config.name is None
+
+
 def absolute(pattern: str) -> str:
     """The entry of a path with its folder; the name of a dataset of the hub stays as it is."""
     # Not resolved: a link that the user named stays the name.
@@ -97,6 +104,8 @@ def _sources(pattern: str, config: DataConfig) -> Iterator[Source]:
         names = [str(plain)] if plain.exists() else sorted(glob.glob(str(plain), recursive=True))
     except OSError as error:
         raise ConfigError(f"data.path: {pattern!r} cannot be looked up ({error.strerror})") from error
+    if not plain.exists():
+        names = _without_own(names, plain, config)
     if not names:
         if not is_hub_id(pattern):
             raise ConfigError(f"data.path: {pattern!r} matches no file")
@@ -119,21 +128,47 @@ def _source(path: Path) -> Source:
 
 
 def _of_folder(folder: Path, config: DataConfig) -> Iterator[Source]:
-    if (folder / _SAVED_DICT).is_file():
+    if reads_all_of(folder, config):
+        yield from _loose(folder, config)
+    elif (folder / _SAVED_DICT).is_file():
         yield from _saved(_split_folder(folder, config.split))
     elif (folder / _SAVED).is_file():
         if config.split is not None:
             raise ConfigError(f"data.split: {config.split!r} is given, but {str(folder)!r} has no splits")
         yield from _saved(folder)
-    elif config.split is not None or config.name is not None:
-        yield from _fetched(str(folder), config)
     else:
-        yield from _loose(folder)
+        yield from _fetched(str(folder), config)
 
 
-def _loose(folder: Path) -> list[Source]:
-    """All files of a known kind, with those of its folders. Folders that are links are not entered."""
+def _without_own(names: list[str], pattern: Path, config: DataConfig) -> list[str]:
+    """The matches of a glob but those inside a run or the cache, unless the glob names something in there."""
+    parts = pattern.parts
+    base = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    cache = config.cache_folder().resolve()
+    matched = [(path, [path, *path.parents][: len(path.parts) - base]) for path in map(Path, names)]
+    own = {
+        folder
+        for folder in {folder for _, folders in matched for folder in folders}
+        if (folder / MARKER).is_file() or (folder.is_dir() and folder.resolve() == cache)
+    }
+    kept = []
+    for path, folders in matched:
+        depth = max((i for i, folder in enumerate(folders) if folder in own), default=None)
+        if depth is None or not all(map(glob.has_magic, parts[max(base, len(parts) - depth) :])):
+            kept.append(str(path))
+    if own:
+        logger.info("%s: not read: %s", pattern, ", ".join(sorted(f"{folder}/" for folder in own)))
+    return kept
+
+
+def _loose(folder: Path, config: DataConfig) -> list[Source]:
+    """All files of a known kind, with those of its folders, but for run directories and the cache.
+
+    Folders that are links are not entered.
+    """
     paths = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    own = _own_below(folder, paths, config)
+    paths = [path for path in paths if own.isdisjoint(path.parents)]
     paths = [path for path in paths if not any(p.startswith(".") for p in path.relative_to(folder).parts)]
     used = [path for path in paths if path.suffix.lower() in KINDS and path.name not in _ABOUT]
     used = [path for path in used if not path.is_dir()]
@@ -143,9 +178,19 @@ def _loose(folder: Path) -> list[Source]:
             raise ConfigError(f"data.path: {str(path)!r} is no file, or a link to none")
     if not used:
         raise ConfigError(f"data.path: no file in {str(folder)!r} ends in {', '.join(KINDS)}")
-    passed = [str(path.relative_to(folder)) for path in sorted({*paths} - {*used})]
+    passed = [f"{path.relative_to(folder)}/" for path in sorted(own)]
+    passed += [str(path.relative_to(folder)) for path in sorted({*paths} - {*used})]
     logger.info("%d files in %s%s", len(used), folder, f"; not read: {', '.join(passed)}" if passed else "")
     return [_source(path) for path in used]
+
+
+def _own_below(folder: Path, paths: list[Path], config: DataConfig) -> set[Path]:
+    """What this program wrote below a folder, `paths` being all its files: run directories, and the cache."""
+    own = {path.parent for path in paths if path.name == MARKER}
+    cache, root = config.cache_folder().resolve(), folder.resolve()
+    if cache.is_dir() and cache.is_relative_to(root):
+        own.add(folder / cache.relative_to(root))
+    return own - {folder}
 
 
 def _split_folder(folder: Path, split: str | None) -> Path:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grads_dist.data.reach import cache_alone, unreached
 from grads_dist.errors import ConfigError
 
 # What transformers raises for files that are missing, damaged or of another kind.
@@ -33,12 +34,13 @@ def load_tokenizer(source: TokenizerSource) -> Any:
     if not source.name_or_path:
         raise ConfigError("model.name_or_path: unset; allowed: a folder or hub id with a tokenizer")
     where = f"model.name_or_path: the tokenizer of {source.name_or_path!r}"
-    looks_local = source.name_or_path.startswith((".", "/", "~"))
-    if looks_local and not Path(source.name_or_path).expanduser().is_dir():
-        raise ConfigError(f"model.name_or_path: no folder {source.name_or_path!r}")
+    alone = cache_alone(source.name_or_path, "model.name_or_path")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            source.name_or_path, revision=source.revision, trust_remote_code=source.trust_remote_code
+            source.name_or_path,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+            local_files_only=alone,
         )
     except _LOADING_ERRORS as error:
         reason = str(error).strip().partition("\n")[0]
@@ -46,6 +48,10 @@ def load_tokenizer(source: TokenizerSource) -> Any:
             raise ConfigError(
                 f"{where} brings Python code of its own, which is not run; allowed: model.trust_remote_code: "
                 "true, for a model that you trust"
+            ) from error
+        if alone:
+            raise ConfigError(
+                f"{where} is out of reach: {unreached()}, and its cache does not hold all of it"
             ) from error
         raise ConfigError(f"{where} cannot be loaded ({type(error).__name__}: {reason})") from error
     if not tokenizer.is_fast:

@@ -8,6 +8,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from grads_dist.data.reach import cache_alone, unreached
 from grads_dist.errors import ConfigError
 
 ADAPTER_ERRORS = (
@@ -25,7 +26,8 @@ def load_adapter(model: PreTrainedModel, adapter: str) -> None:
     _check_installed()
     _read_config(adapter)
     try:
-        found = model.load_adapter(adapter, is_trainable=True)
+        options = {"local_files_only": _cache_alone(adapter)}
+        found = model.load_adapter(adapter, is_trainable=True, adapter_kwargs=options)
     except ADAPTER_ERRORS as error:
         raise ConfigError(_unloadable(adapter, error)) from error
     missing = sorted(found.missing_keys)
@@ -53,8 +55,13 @@ def _read_config(adapter: str) -> Any:
     from peft import PeftConfig
 
     try:
-        config: Any = PeftConfig.from_pretrained(adapter)
+        config: Any = PeftConfig.from_pretrained(adapter, local_files_only=_cache_alone(adapter))
     except ADAPTER_ERRORS as error:
+        if _cache_alone(adapter):
+            raise ConfigError(
+                f"model.adapter: {adapter!r} is neither a folder nor an adapter of the hub within reach: "
+                f"{unreached()}, and its cache does not hold all of it"
+            ) from error
         raise ConfigError(_unloadable(adapter, error)) from error
     if getattr(config, "megatron_config", None) is not None:
         # PEFT would import the module that the adapter calls Megatron's; not every version checks which.
@@ -63,6 +70,10 @@ def _read_config(adapter: str) -> Any:
             "adapter without it"
         )
     return config
+
+
+def _cache_alone(adapter: str) -> bool:
+    return cache_alone(adapter, "model.adapter")
 
 
 def _check_installed() -> None:

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import find_adapter_config_file
 
+from grads_dist.data.reach import cache_alone, unreached
 from grads_dist.errors import ConfigError
 from grads_dist.model.adapter import inject_adapter, load_adapter
 from grads_dist.model.config import ModelConfig
@@ -28,6 +29,14 @@ LOADING_ERRORS = (
     SafetensorError, StrictDataclassError, pickle.UnpicklingError,
 )  # fmt: skip
 """What transformers raises for a folder that is missing, incomplete, damaged or of another kind."""
+
+IMPLEMENTATIONS = {
+    "attn_implementation": (
+        "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4",
+    ),
+    "experts_implementation": ("eager", "grouped_mm", "batched_mm"),
+}  # fmt: skip
+"""What a model's config.json may choose; transformers takes any other name for one of the hub's kernels."""
 
 RANDOM_ATTRIBUTES = ("dropout", "pdrop", "layerdrop", "jitter_noise")
 """Parts of the names under which models keep what makes their forward pass random."""
@@ -79,6 +88,7 @@ def load_model(
             f"model.name_or_path: {config.name_or_path!r} is quantised, which ZeRO stage 3 cannot shard; use "
             f"stage 2 or below"
         )
+    alone = _cache_alone(config)
     try:
         with _sharded(zero3):
             model, loading = AutoModelForCausalLM.from_pretrained(
@@ -87,6 +97,8 @@ def load_model(
                 dtype=dtype,
                 attn_implementation=config.attn_implementation,
                 trust_remote_code=config.trust_remote_code,
+                local_files_only=alone,
+                adapter_kwargs={"local_files_only": alone},
                 # Quantised weights cannot be moved afterwards.
                 device_map={"": device} if quantised else None,
                 output_loading_info=True,
@@ -133,32 +145,60 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
     Raises ConfigError for an adapter, which would name another model to load, and for a configuration that
     names code to fetch; what transformers raises for all else.
     """
-    if find_adapter_config_file(config.name_or_path, revision=config.revision or "main") is not None:
+    revision, alone = config.revision or "main", _cache_alone(config)
+    found = find_adapter_config_file(config.name_or_path, revision=revision, local_files_only=alone)
+    if found is not None:
         raise ConfigError(
             f"model.name_or_path: {config.name_or_path!r} is an adapter; name its base model there, and the "
             f"adapter in model.adapter"
         )
-    loaded = AutoConfig.from_pretrained(
-        config.name_or_path,
-        revision=config.revision or "main",
-        trust_remote_code=config.trust_remote_code,
-    )
     if not config.trust_remote_code:
-        _check_kernels(config, loaded)
-    return loaded
+        stored, _ = PretrainedConfig.get_config_dict(
+            config.name_or_path, revision=revision, local_files_only=alone
+        )
+        _check_kernels(config, stored)
+    return AutoConfig.from_pretrained(
+        config.name_or_path,
+        revision=revision,
+        trust_remote_code=config.trust_remote_code,
+        local_files_only=alone,
+    )
 
 
-def _check_kernels(config: ModelConfig, loaded: PretrainedConfig) -> None:
-    """Refuse a configuration that names kernels of the hub, whose code transformers would fetch and run."""
-    for part in {id(part): part for part in (loaded, loaded.get_text_config())}.values():
-        for name in ("attn_implementation", "experts_implementation"):
-            value = getattr(part, f"_{name}", None)
-            if isinstance(value, str) and not value.replace("_", "").replace("|", "").isalnum():
+def _cache_alone(config: ModelConfig) -> bool:
+    return cache_alone(str(config.name_or_path), "model.name_or_path")
+
+
+def _check_kernels(config: ModelConfig, stored: Any) -> None:
+    """Refuse a config.json that names kernels of the hub, whose code transformers would fetch and run.
+
+    At any depth: it may name them in the part of any submodel, and for any submodel in a part above.
+    """
+    parts = (
+        stored.items() if isinstance(stored, dict) else enumerate(stored) if isinstance(stored, list) else ()
+    )
+    for key, value in parts:
+        kind = next((kind for kind in IMPLEMENTATIONS if kind in str(key)), None)
+        if kind is None:
+            _check_kernels(config, value)
+            continue
+        for name in _texts(value):
+            if name.removeprefix("paged|") not in IMPLEMENTATIONS[kind]:
+                allowed = ", ".join(IMPLEMENTATIONS[kind])
                 raise ConfigError(
-                    f"model.name_or_path: the config.json of {config.name_or_path!r} sets {name} to "
-                    f"{value!r}, which is code of the hub; allowed: one without, or model.trust_remote_code: "
-                    "true"
+                    f"model.name_or_path: the config.json of {config.name_or_path!r} sets {kind} to "
+                    f"{name!r}, which may be code of the hub; allowed: {allowed}, or "
+                    "model.trust_remote_code: true"
                 )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a value of a JSON file."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
 
 
 def _check_complete(config: ModelConfig, loading: dict[str, Any]) -> None:
@@ -177,7 +217,10 @@ def _unloadable(config: ModelConfig, error: BaseException) -> str:
     if Path(str(config.name_or_path)).is_dir():
         reason = _reason(error)
         return f"model.name_or_path: {config.name_or_path!r} is no loadable causal language model: {reason}"
-    return f"model.name_or_path: {config.name_or_path!r} is neither a folder nor a hub model within reach"
+    why = f": {unreached()}, and its cache does not hold all of it" if _cache_alone(config) else ""
+    return (
+        f"model.name_or_path: {config.name_or_path!r} is neither a folder nor a hub model within reach{why}"
+    )
 
 
 def _reason(error: BaseException) -> str:

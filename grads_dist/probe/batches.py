@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -61,6 +62,14 @@ def rehearsal_batch(num_rows: int, num_tokens: int, vocab_size: int, device: tor
     loss_mask = np.arange(num_tokens) > 0
     no_rows, weights = np.empty(0, dtype=np.int64), np.zeros(num_rows)
     return _batch(no_rows, tuple(ids), [loss_mask] * num_rows, weights, num_tokens, device)
+
+
+def check_batch(vocab_size: int, avoid: frozenset[int], weight: float, device: torch.device) -> Batch:
+    """Two rows of a few made-up tokens that are read like rows of the corpus; `avoid` as for `collate`."""
+    num_tokens = next(length for length in itertools.count(4) if length not in avoid)
+    ids = np.arange(2 * num_tokens).reshape(2, num_tokens) % vocab_size
+    loss_mask = np.arange(num_tokens) > 0
+    return _batch(np.arange(2), tuple(ids), [loss_mask] * 2, np.full(2, weight), num_tokens, device)
 
 
 def _batch(

@@ -80,6 +80,7 @@ def _probe_at(task: Task, ranks: Ranks, checkpoint: int) -> dict:
     probe, store = task.config.probe, task.store
     steps_per_epoch = -(-store.num_rows // probe.global_batch)
     session = Session(task.config, ranks, num_steps=steps_per_epoch * probe.epochs)
+    ranks.on_all(session.check_targets)
     work = _work(session, task, store, checkpoint)
     target = None
     if task.target is not None:

@@ -15,6 +15,7 @@ from grads_dist.config import Config
 from grads_dist.model.anatomy import check_head, dissect
 from grads_dist.model.load import load_model, load_text_config
 from grads_dist.model.probed import Batch, ProbedModel
+from grads_dist.probe.batches import check_batch
 from grads_dist.probe.features import gradient_sketcher
 from grads_dist.probe.zero import (
     check_supported,
@@ -173,6 +174,30 @@ class Session:
             self.measure(batch)
         else:
             self.features(batch, "label")
+
+    def check_targets(self) -> None:
+        """Pass a few made-up tokens, so that a layer that cannot be read is found before any row is passed.
+
+        Changes no weight and nothing that training goes on from. Raises ConfigError naming a layer that is
+        not called, or twice. Collective where passes are.
+        """
+        if not self.recorder.needs_backward:
+            return
+        if self.training and self.stage == 3:
+            # With frozen weights DeepSpeed would still queue gradients of its leaf modules, the mixtures.
+            self.train_micro_batch(self._check_batch(weight=0.0), last_of_step=False, record=True)
+            self.update()
+            return
+        trained = [p for p in self.model.causal_lm.parameters() if p.requires_grad]
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        self.measure(self._check_batch(weight=1.0))
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+    def _check_batch(self, weight: float) -> Batch:
+        anatomy = self.model.anatomy
+        return check_batch(anatomy.vocab_size, anatomy.head_counts, weight, self.ranks.device)
 
     @property
     def num_skipped(self) -> int:
