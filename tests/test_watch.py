@@ -81,9 +81,11 @@ def test_an_error_of_one_rank_ends_all_with_its_code(bare_ranks, tmp_path, case,
     assert re.match(rf"grads-dist: error: rank 1 \(host .+\), rows 8-11: {message}", lines[0])
 
 
-def test_a_run_that_ends_well_says_nothing(bare_ranks, tmp_path):
-    """Though a rank is aside for longer than a hang takes, and ranks come to the end at different times."""
-    codes, lines, errors = _run(bare_ranks, tmp_path, "late meet")
+@pytest.mark.parametrize("case", ["late meet", "long meet", "long collective"])
+def test_a_run_that_ends_well_says_nothing(bare_ranks, tmp_path, case):
+    """Though a rank is aside for longer than a hang takes, or its batch is much larger than any before, and
+    ranks come to the end at different times."""
+    codes, lines, errors = _run(bare_ranks, tmp_path, case)
     assert (codes, lines) == ([0] * RANKS, []), errors
 
 
@@ -289,7 +291,8 @@ def _case(what, place, alone):
     ranks = Ranks.start(detect())
     with ranks.working("the pass"):
         for step in range(4):
-            ranks.beat(f"rows {4 * step}-{4 * step + 3}")
+            large = what == "long" and step == 2 and ranks.rank == alone
+            ranks.beat(f"rows {4 * step}-{4 * step + 3}", cost=1e6 if large else 1e3)
             if step == 2 and ranks.rank == alone:
                 _misbehave(what, ranks)
             if place == "collective":
@@ -313,6 +316,8 @@ def _misbehave(what, ranks):
         raise RuntimeError("only here")
     elif what == "refuses":
         raise ConfigError("model: this rank has another one")
+    elif what == "long":
+        time.sleep(8)
     elif what == "late":
         with ranks.unwatched():
             time.sleep(6)

@@ -100,7 +100,7 @@ def check(folder: Path, name: str, before: dict[Path, int]) -> None:
     assert not faults, "\n".join(faults)
 
 
-@pytest.mark.parametrize(("num_ranks", "rank", "flags"), [(2, 1, []), (2, 0, OVERWRITE), (1, 0, OVERWRITE)])
+@pytest.mark.parametrize(("num_ranks", "rank", "flags"), [(2, 1, []), (1, 0, OVERWRITE)])
 def test_a_rank_that_is_killed_is_started_again(folder, num_ranks, rank, flags):
     """With --overwrite the second start goes on, too: it means what was there before the first."""
     name = f"killed-{rank}-of-{num_ranks}"
