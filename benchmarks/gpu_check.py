@@ -5,8 +5,8 @@
 
 Timings of the kernels go to results/gpu_check_<device>.csv, those of whole training steps at 1B parameters
 to what bench_step.py writes. Needs torch with CUDA and numpy; neither nvcc nor pytest nor an installed
-package. The steps also need transformers and deepspeed, and are left out without. Without a GPU that the
-kernels run on it says so in one line and ends with code 2; with a failed check, with code 1.
+package. Training also needs transformers, the steps deepspeed too; they are left out without. Without a GPU
+that the kernels run on it says so in one line and ends with code 2; with a failed check, with code 1.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ def main() -> int:
         failed += run_all(check_cases("cuda:0", large="checks" in phases))
     if "checks" in phases:
         failed += run_all(head_cases("cuda:0"))
+        failed += run_all(training_cases("cuda:0"))
     if "sanitizers" in phases:
         failed += sum(not sanitize(tool) for tool in ("memcheck", "racecheck"))
     if "timings" in phases:
@@ -172,6 +173,16 @@ def head_cases(device: str) -> Iterator[Case]:
         yield f"head, {name}", lambda name=name: head_checks.check_head(device, name)
     yield "head, nonfinite", lambda: head_checks.check_head_nonfinite(device)
     yield "head, waits", lambda: head_checks.check_head_waits(device)
+
+
+def training_cases(device: str) -> Iterator[Case]:
+    """Fifty steps with the weight gradients from the kernels' products, against plain training."""
+    if find_spec("transformers") is None:
+        print("skip  training: no transformers")
+        return
+    from training_checks import check_training
+
+    yield "training, 50 steps", lambda: check_training(device, 50)
 
 
 def check_no_waiting(device: str) -> None:

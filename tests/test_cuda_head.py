@@ -12,6 +12,7 @@ import torch
 from kernel_emulator import EmulatedLauncher, missing
 from test_oracle import probe
 from tiny import Rows, tiny_model
+from training_checks import check_training
 
 from grads_dist.stats import backend, certificate, cuda_launch, head_statistics, operators, ops
 from grads_dist.stats.head_statistics import bfloat16_terms
@@ -99,6 +100,12 @@ def test_whole_models_on_the_kernels(launched, monkeypatch, architecture, dtype,
         assert found.nonfinite.tolist() == [0, 0, 0]
     for ours, theirs in zip(gradients["cuda"], gradients["reference"], strict=True):
         assert (ours - theirs).abs().max() <= rtol * theirs.abs().max()
+
+
+def test_training_on_the_kernels_is_plain_training(launched):
+    """Four steps; on a GPU gpu_check makes fifty."""
+    check_training("cpu", 4)
+    assert launched["outer_product_stats_total_bf16"] > 0
 
 
 def test_three_bfloat16_terms_are_the_float32_number():
