@@ -18,9 +18,10 @@ from grads_dist.stats.recorder import Recorder
 from grads_dist.stats.targets import resolve_targets
 
 NUM_ROWS = 6
-TOLERANCE = 2.0**-8
-"""Of the first loss: weights and gradients are rounded to bfloat16, and a gradient between two of its numbers
-may go either way, in each step. Observed on a CPU: up to 0.0015 in 50 steps."""
+TOLERANCES = {4: 2.0**-10, 50: 2.0**-8}
+"""By the number of steps, of the first loss: weights and gradients are rounded to bfloat16, and a gradient
+between two of its numbers may go either way, in each step. Observed on a CPU: up to 0.0004 and 0.0015;
+without the weight gradient of one linear layer at least 0.0015 and 0.02 (of three that were tried)."""
 
 
 def loss_curve(device: str, num_steps: int, wanted: list[str]) -> list[float]:
@@ -56,4 +57,6 @@ def check_training(device: str, num_steps: int) -> None:
         plain = loss_curve(device, num_steps, [])
     assert plain[-1] < 0.9 * plain[0], plain
     for step, (ours, theirs) in enumerate(zip(found, plain, strict=True)):
-        assert abs(ours - theirs) <= TOLERANCE * plain[0], f"step {step}: {ours} instead of {theirs}"
+        assert abs(ours - theirs) <= TOLERANCES[num_steps] * plain[0], (
+            f"step {step}: {ours} instead of {theirs}"
+        )
