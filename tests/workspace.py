@@ -81,6 +81,15 @@ def write_stage(folder: Path, stage: int, **optimizer: object) -> Path:
     return path
 
 
+def probe_alone(folder: Path, num_rows: int, args: list[str]) -> Path:
+    """Make a model and a corpus in `folder` and run the program on them as one rank, for comparison."""
+    make_model(folder / "model")
+    write_jsonl(folder / "corpus.jsonl", make_rows(num_rows))
+    done = run_program(*args)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
 def launch(num_ranks: int, script: Path, *args: str) -> None:
     """Run a script as `num_ranks` ranks under torchrun; fails with what it wrote unless it ends well."""
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]

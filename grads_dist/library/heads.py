@@ -151,15 +151,6 @@ class FusedHead:
         self._dtype = torch.get_autocast_dtype(kind) if autocast else hidden.dtype
 
 
-def distinct_ids(ids_ST: Tensor, real_ST: Tensor | None, padding_idx: int | None) -> tuple[Tensor, ...]:
-    """Each sample's sorted distinct token ids but `padding_idx`: the rows its embedding gradient touches."""
-    kept = []
-    for sample, ids_T in enumerate(ids_ST):
-        ids = torch.unique(ids_T if real_ST is None else ids_T[real_ST[sample]])
-        kept.append(ids if padding_idx is None else ids[ids != padding_idx])
-    return tuple(kept)
-
-
 def _zero_without_labels(result: HeadResult, labels: Labels) -> HeadResult:
     """A sample without label positions has a gradient of zero; the pass divides by their number."""
     lengths = labels.layout.segments.lengths

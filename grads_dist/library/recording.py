@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from grads_dist.errors import ConfigError
 from grads_dist.library.batch import RecordedBatch
-from grads_dist.library.heads import FusedHead, LinearHead, distinct_ids
+from grads_dist.library.heads import FusedHead, LinearHead
 from grads_dist.library.inputs import Inputs, read_inputs
 from grads_dist.library.unwrap import anatomy_of, is_causal_lm, unwrap
 from grads_dist.model.anatomy import Anatomy
 from grads_dist.stats.head_request import HeadResult
-from grads_dist.stats.recorder import Recorder
+from grads_dist.stats.recorder import Recorder, distinct_ids
 from grads_dist.stats.statistics import Statistics
 from grads_dist.stats.targets import Targets, resolve_targets
 
@@ -231,7 +231,11 @@ class Recording:
             return None
         if inputs.ids_ST is None:
             raise ConfigError("record: the target 'tied' needs input_ids, and the model gets embeddings")
-        return distinct_ids(inputs.ids_ST, inputs.real_ST, self._anatomy.embedding.padding_idx)
+        ids_ST = inputs.ids_ST.cpu().numpy()
+        tokens = list(ids_ST)
+        if inputs.real_ST is not None:
+            tokens = [ids[real] for ids, real in zip(ids_ST, inputs.real_ST.cpu().numpy(), strict=True)]
+        return distinct_ids(tokens, self._anatomy.embedding.padding_idx, inputs.device)
 
     def _end_batch(self) -> None:
         self._open.close()

@@ -17,7 +17,16 @@ import ssh_hosts
 from launching import LAUNCH, Finished, free_port, launch_environment, require_programs, run_all, run_script
 from score_tables import faults_between, numels, read_features, read_scores
 from slurm_cluster import UNDER_WAY, SlurmCluster
-from workspace import launch, make_model, make_rows, run_arguments, run_program, write_jsonl, write_stage
+from workspace import (
+    launch,
+    make_model,
+    make_rows,
+    probe_alone,
+    run_arguments,
+    run_program,
+    write_jsonl,
+    write_stage,
+)
 
 WORKER = Path(__file__).with_name("probe_worker.py")
 NUM_ROWS = 24
@@ -37,11 +46,7 @@ DISK = os.environ.get("GRADS_DIST_TEST_NVME")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, a corpus, and `single`, the run of one rank alone."""
     folder = tmp_path_factory.mktemp("launchers")
-    make_model(folder / "model")
-    write_jsonl(folder / "corpus.jsonl", make_rows(NUM_ROWS))
-    done = run_program(*probe_arguments(folder, "single"))
-    assert done.returncode == 0, done.stderr
-    return folder
+    return probe_alone(folder, NUM_ROWS, probe_arguments(folder, "single"))
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from launching import end, free_port, launch_environment
 from score_tables import faults_between, numels, read_scores
-from workspace import make_model, make_rows, run_arguments, run_program, write_jsonl
+from workspace import probe_alone, run_arguments
 
 NUM_ROWS = 600
 """Of a run that can be stopped in its middle: some seconds."""
@@ -30,11 +30,7 @@ OVERWRITE = ["--overwrite"]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, a corpus, and `single`, the run of one rank alone."""
     folder = tmp_path_factory.mktemp("restarts")
-    make_model(folder / "model")
-    write_jsonl(folder / "corpus.jsonl", make_rows(NUM_ROWS))
-    done = run_program(*arguments(folder, "single"))
-    assert done.returncode == 0, done.stderr
-    return folder
+    return probe_alone(folder, NUM_ROWS, arguments(folder, "single"))
 
 
 def arguments(folder: Path, output: str, *flags: str) -> list[str]:
